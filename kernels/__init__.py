@@ -1,0 +1,1 @@
+"""The operations an encoder is made of, and their implementations ("backends")."""

@@ -1,0 +1,90 @@
+"""What the encoder's operations are given: the shape of a batch and of each block's parameters, as types.
+
+`minilm.batch.PackedBatch` and the modules of `minilm.model` have these shapes; a backend depends on nothing more.
+"""
+
+# ruff: noqa: D102 - the attributes are described where they are defined
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Packed(Protocol):
+    """What an operation needs to know of a batch; `minilm.PackedBatch` says what each is."""
+
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def type_ids(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def length_groups(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """For each distinct length L: the sequences' indices `[n]` and their token rows `[n, L]`."""
+
+
+class EmbeddingWeights(Protocol):
+    """The parameters of the embeddings."""
+
+    @property
+    def word(self) -> nn.Embedding: ...
+
+    @property
+    def position(self) -> nn.Embedding: ...
+
+    @property
+    def token_type(self) -> nn.Embedding: ...
+
+    @property
+    def norm(self) -> nn.LayerNorm: ...
+
+
+class AttentionWeights(Protocol):
+    """The parameters of an attention block; `qkv` holds query, key and value, stacked in this order."""
+
+    @property
+    def qkv(self) -> nn.Linear: ...
+
+    @property
+    def output(self) -> nn.Linear: ...
+
+
+class FeedForwardWeights(Protocol):
+    """The parameters of a feed-forward block."""
+
+    @property
+    def intermediate(self) -> nn.Linear: ...
+
+    @property
+    def output(self) -> nn.Linear: ...
+
+
+class LayerWeights(Protocol):
+    """The parameters of one transformer layer, and whether it is in training mode."""
+
+    @property
+    def attention(self) -> AttentionWeights: ...
+
+    @property
+    def attention_norm(self) -> nn.LayerNorm: ...
+
+    @property
+    def feed_forward(self) -> FeedForwardWeights: ...
+
+    @property
+    def feed_forward_norm(self) -> nn.LayerNorm: ...
+
+    @property
+    def training(self) -> bool: ...

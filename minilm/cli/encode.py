@@ -1,0 +1,122 @@
+"""`minilm encode`: a file of texts to a file of vectors."""
+
+from __future__ import annotations
+
+import argparse
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from minilm.cli.common import Commands, Parser, UsageError, add_command, add_model_options, load_encoder, shows_progress
+from minilm.cli.files import (
+    INPUT_FORMATS,
+    OUTPUT_FORMATS,
+    WRITERS,
+    import_pyarrow,
+    input_format,
+    open_output,
+    output_format,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    from minilm.cli.files import Row
+    from minilm.encoder import SentenceEncoder
+
+READ_AHEAD = 1_024
+"""Texts encoded together; also what bounds the memory."""
+
+EPILOG = """\
+examples:
+  minilm encode sentences.txt -o vectors.npy          one text a line; row i of the array is line i, blank or not
+  minilm encode docs.jsonl --field body -o out.jsonl  {"body": "..."} in, {"text": ..., "embedding": [...]} out
+  minilm encode docs.csv --column body -o out.parquet
+  cat sentences.txt | minilm encode | head -1         stdin to stdout, JSON lines
+"""
+
+
+def add_commands(commands: Commands[Parser]) -> None:
+    """Add `encode`."""
+    parser = add_command(commands, "encode", run, summary="encode a file of texts", epilog=EPILOG)
+    parser.add_argument("input", nargs="?", default="-", metavar="INPUT", help="a UTF-8 file; - is stdin (default)")
+    parser.add_argument(
+        "-o", "--output", default="-", metavar="OUT", help=".npy, .jsonl or .parquet; - is stdout (default)"
+    )
+    add_input_options(parser)
+    parser.add_argument("--output-format", choices=OUTPUT_FORMATS, help="default: by suffix; jsonl for -")
+    group = parser.add_argument_group("encoding")
+    group.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="texts of full length a batch (default: 32)"
+    )
+    group.add_argument("--precision", default="float32", help="float32 (default), int8, uint8, binary or ubinary")
+    group.add_argument("--normalize", action="store_true", help="scale vectors to length 1, whatever the model does")
+    group.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dimensions")
+    group.add_argument("--prompt-name", metavar="NAME", help="a prompt of the model's to put before each text")
+    group.add_argument(
+        "--on-truncate", default="warn", metavar="HOW", help="long texts: warn (default), ignore, error, chunk"
+    )
+    add_model_options(parser)
+
+
+def add_input_options(parser: Parser) -> None:
+    """Add the options that say how to read a file of texts."""
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by suffix; else lines of text")
+    parser.add_argument("--field", metavar="NAME", help='the field of JSON lines that holds the text (default: "text")')
+    parser.add_argument(
+        "--column", metavar="NAME", help='the column of a CSV file that holds the text (default: "text")'
+    )
+
+
+def read_input(arguments: argparse.Namespace, path: str) -> Iterator[str]:
+    """Return the texts of a file, as the input options say, read as they are asked for.
+
+    Raises:
+        UsageError: `--field` or `--column` is given for a format that has none.
+    """
+    form = arguments.input_format or input_format(path)
+    for option, its_format in (("field", "jsonl"), ("column", "csv")):
+        if getattr(arguments, option) is not None and form != its_format:
+            raise UsageError(f"--{option} is for {its_format} input; {path} is read as {form} (see --input-format)")
+    return read_texts(path, form, arguments.field or arguments.column or "text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Encode the input into the output."""
+    from minilm.progress import progress_bar
+
+    form = arguments.output_format or output_format(arguments.output)
+    if form == "parquet":
+        import_pyarrow()
+    texts = read_input(arguments, arguments.input)
+    with open_output(arguments.output, seekable=form != "jsonl") as file:
+        encoder = load_encoder(arguments)
+        with progress_bar(shows_progress(arguments), None, "encode", "text") as advance:
+            rows = _encoded(encoder, texts, arguments, advance)
+            WRITERS[form](file, rows, encoder.get_embedding_dimension())
+    return 0
+
+
+def _encoded(
+    encoder: SentenceEncoder, texts: Iterable[str], arguments: argparse.Namespace, advance: Callable[[float], object]
+) -> Iterator[Row]:
+    """Pair each text with its vector; no more are in memory than are encoded together."""
+    waiting: deque[str] = deque()
+
+    def passing() -> Iterator[str]:
+        for text in texts:
+            waiting.append(text)
+            yield text
+
+    vectors = encoder.encode_stream(
+        passing(),
+        block_size=READ_AHEAD,
+        on_truncate=arguments.on_truncate,
+        batch_size=arguments.batch_size,
+        precision=arguments.precision,
+        normalize_embeddings=arguments.normalize,
+        truncate_dim=arguments.truncate_dim,
+        prompt_name=arguments.prompt_name,
+    )
+    for vector in vectors:
+        yield waiting.popleft(), vector
+        advance(1)

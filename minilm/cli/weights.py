@@ -1,0 +1,126 @@
+"""`minilm weights`: fetch, convert, export, inspect and verify."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from minilm.cli.common import Commands, Parser, add_command, print_fields, print_json
+
+EPILOG = """\
+examples:
+  minilm weights fetch
+  minilm weights convert my-finetuned-model/ my-model/
+  minilm weights export my-model/ for-modelscope/ --to modelscope
+  minilm weights inspect my-model/ --tensors
+  minilm weights verify my-model/
+"""
+SOURCE = "a folder (minilm, sentence-transformers, ModelScope or BERT), or a name on a hub"
+
+
+def add_commands(commands: Commands[Parser]) -> None:
+    """Add `weights` with its subcommands."""
+    summary = "fetch, convert, export, inspect or verify a model"
+    weights = commands.add_parser("weights", help=summary, description=summary.capitalize() + ".", epilog=EPILOG)
+    actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    parser = add_command(actions, "fetch", run_fetch, summary="download a model and print its folder")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a name on a hub (default: all-MiniLM-L6-v2)")
+
+    parser = add_command(actions, "convert", run_convert, summary="turn any source into a minilm folder")
+    _add_source(parser)
+    parser.add_argument("destination", metavar="DEST", help="the folder to write: model.safetensors and tokenizer.json")
+    parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens kept of a text (default: the source's)")
+
+    parser = add_command(actions, "export", run_export, summary="write a folder that other libraries load")
+    _add_source(parser)
+    parser.add_argument("destination", metavar="DEST", help="the folder to write")
+    parser.add_argument("--to", required=True, choices=("sentence-transformers", "modelscope"), help="whose layout")
+
+    parser = add_command(actions, "inspect", run_inspect, summary="show what a model's weights hold")
+    _add_source(parser)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    parser = add_command(actions, "verify", run_verify, summary="check a model against the results stored with it")
+    parser.add_argument("model", metavar="SRC", help=SOURCE)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+
+
+def _add_source(parser: Parser) -> None:
+    """Add the argument that says which weights to read."""
+    parser.add_argument("source", metavar="SRC", help=SOURCE)
+
+
+def run_fetch(arguments: argparse.Namespace) -> int:
+    """Print the folder that holds the model, downloading it first if need be."""
+    from minilm.weights.sources import locate
+
+    print(locate(arguments.name))
+    return 0
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    """Read a source and save it in the canonical form, with vectors to verify it by."""
+    from minilm.verify import with_golden
+    from minilm.weights.load import read_checkpoint
+    from minilm.weights.sources import locate
+
+    name = None if Path(arguments.source).exists() else arguments.source
+    checkpoint = read_checkpoint(locate(arguments.source), source=name)
+    if arguments.max_seq_length is not None:
+        checkpoint = replace(checkpoint, encoding=replace(checkpoint.encoding, max_seq_length=arguments.max_seq_length))
+    if checkpoint.golden is None or arguments.max_seq_length is not None:
+        checkpoint = with_golden(checkpoint)
+    print(checkpoint.save(arguments.destination))
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Read a source and write it in another library's layout."""
+    from minilm.weights.export import export_modelscope, export_sentence_transformers
+    from minilm.weights.load import read_checkpoint
+    from minilm.weights.sources import locate
+
+    export = export_modelscope if arguments.to == "modelscope" else export_sentence_transformers
+    export(read_checkpoint(locate(arguments.source)), Path(arguments.destination))
+    print(arguments.destination)
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Print what a source holds."""
+    from minilm.weights.checkpoint import fingerprint
+    from minilm.weights.load import read_checkpoint
+    from minilm.weights.sources import locate
+
+    folder = locate(arguments.source)
+    checkpoint = read_checkpoint(folder)
+    tensors = checkpoint.tensors
+    report = {
+        "folder": str(folder),
+        "fingerprint": fingerprint(checkpoint),
+        "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.model_tensors.values()}),
+        "config": checkpoint.config.to_dict(),
+        "encoding": checkpoint.encoding.to_dict(),
+        "provenance": checkpoint.provenance,
+        "calibrated": checkpoint.calibration is not None,
+        "golden_texts": len(checkpoint.golden or ()),
+        "left_out": list(checkpoint.ignored),
+    }
+    if arguments.tensors:
+        report["tensors"] = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in sorted(tensors.items())}
+    (print_json if arguments.json else print_fields)(report)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Load a model, check it, and return 1 if it is not what it should be."""
+    from minilm.encoder import load
+    from minilm.verify import verify
+
+    report = verify(load(arguments.model, device=arguments.device))
+    print("\n".join(report.lines()))
+    return 0 if report.ok else 1

@@ -1,0 +1,227 @@
+"""From texts to vectors: fitting them into the length limit, planning batches, running the model, normalising.
+
+`SentenceEncoder` is the public face of this; here are its inner steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from minilm import threads
+from minilm.batch import PackedBatch
+from minilm.config import EncodingConfig
+from minilm.model import MiniLM
+from minilm.progress import progress_bar
+from minilm.quantization import PRECISIONS
+from minilm.texts import Text
+from minilm.tokenizer import TokenizedText, Tokenizer
+
+ON_TRUNCATE = ("warn", "ignore", "error", "chunk")
+BLOCK_SIZE = 8_192  # texts tokenised, sorted by length and encoded together
+
+
+class TruncationWarning(UserWarning):
+    """Some texts were longer than the limit, and only their beginnings were encoded."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """What one call of `SentenceEncoder.encode` asks for; the attributes are its arguments.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    prompt: str = ""
+    batch_size: int = 32
+    show_progress_bar: bool | None = None
+    precision: str = "float32"
+    normalize_embeddings: bool = False
+    truncate_dim: int | None = None
+    on_truncate: str = "warn"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name, allowed in (("precision", PRECISIONS), ("on_truncate", ON_TRUNCATE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("batch_size", "truncate_dim"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+@dataclass
+class Embedder:
+    """One call's work: a model, the settings that turn its hidden states into vectors, and a count of texts cut.
+
+    Attributes:
+        model: the encoder, in evaluation mode.
+        tokenizer: its tokenizer.
+        encoding: pooling, normalisation and length limit.
+        options: what the call asks for.
+        truncated: texts cut so far.
+        longest: the longest of them, in tokens.
+    """
+
+    model: MiniLM
+    tokenizer: Tokenizer
+    encoding: EncodingConfig
+    options: EncodeOptions
+    truncated: int = field(default=0, init=False)
+    longest: int = field(default=0, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embeddings.word.weight.device
+
+    def vectors(self, texts: Sequence[Text], first_index: int = 0) -> Tensor:
+        """Return each text's vector, float32 `[n, C]` (or `truncate_dim` wide); equal texts are computed once.
+
+        Args:
+            texts: checked texts.
+            first_index: the first one's place in the caller's input, for messages.
+        """
+        rows: dict[Text, int] = {}
+        order = [rows.setdefault(text, len(rows)) for text in texts]
+        unique, copies = list(rows), Counter(order)
+        first_seen = {row: index for index, row in reversed(list(enumerate(order, first_index)))}
+        vectors = torch.empty(len(unique), self.model.config.hidden_size, device=self.device)
+        with progress_bar(self.options.show_progress_bar, len(unique), "encode", "text") as advance:
+            for start in range(0, len(unique), BLOCK_SIZE):
+                block = unique[start : start + BLOCK_SIZE]
+                fitted = [self.fit(text, first_seen[row], copies[row]) for row, text in enumerate(block, start)]
+                vectors[start : start + len(block)] = self._block_vectors(fitted, advance)
+        return self._scaled(vectors[order])
+
+    def token_vectors(self, texts: Sequence[Text]) -> list[Tensor]:
+        """Return each text's last hidden state, special tokens included: float32 `[L, C]` each.
+
+        Raises:
+            ValueError: `on_truncate` is `chunk`, which has no single row for a token.
+        """
+        if self.options.on_truncate == "chunk":
+            raise ValueError('token embeddings can\'t be had with on_truncate="chunk"')
+        pieces = [self.fit(text, index)[0] for index, text in enumerate(texts)]
+        vectors: list[Tensor] = [torch.empty(0)] * len(pieces)
+
+        def place(indices: list[int]) -> None:
+            batch = self._pack([pieces[i] for i in indices])
+            hidden = self.model(batch).last_hidden_state.float()
+            for index, rows in zip(indices, hidden.split(batch.lengths), strict=True):
+                vectors[index] = rows
+
+        self._for_each_batch(place, [len(piece) for piece in pieces])
+        return vectors
+
+    def fit(self, text: Text, index: int, copies: int = 1) -> list[TokenizedText]:
+        """Tokenise a text into pieces within the length limit: one, or several windows of it with `chunk`.
+
+        Raises:
+            ValueError: the text is too long and `on_truncate` is `error`.
+        """
+        limit, on_truncate = self.encoding.max_seq_length, self.options.on_truncate
+        tokenized = self.tokenizer(_with_prompt(self.options.prompt, text))
+        if len(tokenized) <= limit:
+            return [tokenized]
+        if on_truncate == "error":
+            raise ValueError(
+                f"text {index} has {len(tokenized)} tokens, more than the limit of {limit}; shorten it, raise "
+                f'max_seq_length, or choose on_truncate="warn", "ignore" or "chunk"'
+            )
+        if on_truncate == "chunk":
+            return self.tokenizer.chunk(tokenized, limit)
+        self.truncated += copies
+        self.longest = max(self.longest, len(tokenized))
+        return [self.tokenizer.truncate(tokenized, limit)]
+
+    def report_truncation(self, stacklevel: int = 3) -> None:
+        """Warn, once, if texts were cut and `on_truncate` is `warn`."""
+        if self.truncated and self.options.on_truncate == "warn":
+            texts = "1 text was" if self.truncated == 1 else f"{self.truncated} texts were"
+            warnings.warn(
+                f"{texts} longer than {self.encoding.max_seq_length} tokens and cut there (the longest has "
+                f'{self.longest}); raise max_seq_length, or pass on_truncate="chunk" to encode all of it, '
+                f'"ignore" to silence this',
+                TruncationWarning,
+                stacklevel=stacklevel,
+            )
+
+    def _block_vectors(self, fitted: list[list[TokenizedText]], advance: Callable[[float], object]) -> Tensor:
+        """Return the vectors of texts given as one or more pieces each: `[n, C]`, normalised if the model does."""
+        pieces = [piece for text in fitted for piece in text]
+        pooled = torch.empty(len(pieces), self.model.config.hidden_size, device=self.device)
+        first = 1 if self.encoding.first_hidden_state == "first_layer" else 0
+
+        def place(indices: list[int]) -> None:
+            batch = self._pack([pieces[i] for i in indices])
+            states = self.model(batch, hidden_states=True).hidden_states
+            pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first).float()
+            advance(len(indices) * len(fitted) / len(pieces))
+
+        self._for_each_batch(place, [len(piece) for piece in pieces])
+        vectors = pooled if len(pieces) == len(fitted) else _merge_windows(pooled, fitted)
+        return F.normalize(vectors, dim=-1) if self.encoding.normalize else vectors
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Keep the dimensions asked for, and scale to length 1 if asked to."""
+        vectors = vectors[:, : self.options.truncate_dim]
+        return F.normalize(vectors, dim=-1) if self.options.normalize_embeddings else vectors
+
+    def _for_each_batch(self, place: Callable[[list[int]], None], lengths: list[int]) -> None:
+        """Call `place` with the indices of each planned batch, without gradients."""
+
+        def run(batches: list[list[int]]) -> None:
+            with torch.inference_mode():
+                for indices in batches:
+                    place(indices)
+
+        if self.options.deterministic and self.device.type == "cpu":
+            threads.map_single_threaded(run, [[[i]] for i in range(len(lengths))])
+        elif self.options.deterministic:
+            run([[i] for i in range(len(lengths))])
+        else:
+            token_budget = self.options.batch_size * self.encoding.max_seq_length
+            threads.run(lambda: run(plan_batches(lengths, token_budget)))
+
+    def _pack(self, pieces: list[TokenizedText]) -> PackedBatch:
+        """Pack pieces on the model's device."""
+        return PackedBatch.from_sequences([p.ids for p in pieces], [p.type_ids for p in pieces], self.device)
+
+
+def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Split sequences into batches of at most `token_budget` tokens (but at least one sequence), longest first.
+
+    Neighbours in length share a batch, so that operations on sequences of equal length stay large.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+def _merge_windows(pooled: Tensor, fitted: list[list[TokenizedText]]) -> Tensor:
+    """Average the windows of each text, weighted by their lengths: `[windows, C]` -> `[n, C]`."""
+    owners = torch.tensor([i for i, text in enumerate(fitted) for _ in text], device=pooled.device)
+    lengths = pooled.new_tensor([len(piece) for text in fitted for piece in text])
+    share = lengths / pooled.new_zeros(len(fitted)).index_add_(0, owners, lengths)[owners]
+    return pooled.new_zeros(len(fitted), pooled.shape[1]).index_add_(0, owners, pooled * share.unsqueeze(1))
+
+
+def _with_prompt(prompt: str, text: Text) -> Text:
+    """Put the prompt before a text, or before the first text of a pair."""
+    return prompt + text if isinstance(text, str) else (prompt + text[0], text[1])

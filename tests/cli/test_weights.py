@@ -1,0 +1,44 @@
+"""`minilm weights`: there and back again, and verification that fails when it should."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+import minilm
+from minilm.cli import main
+
+
+def test_weights_convert_export_inspect_verify(tmp_path, capsys, weights_folder, encoder):
+    converted, exported, back = (str(tmp_path / name) for name in ("converted", "exported", "back"))
+    assert main(["weights", "convert", str(weights_folder), converted, "--max-seq-length", "64"]) == 0
+    assert main(["weights", "verify", converted]) == 0
+    assert main(["weights", "export", converted, exported, "--to", "sentence-transformers"]) == 0
+    assert main(["weights", "convert", exported, back]) == 0
+    capsys.readouterr()
+    assert main(["weights", "inspect", back, "--json", "--tensors"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["provenance"]["source_max_seq_length"] == 64
+    assert report["tensors"]["embeddings.word.weight"] == ["torch.float32", 30522, 384]
+    assert report["golden_texts"] > 0
+    assert main(["weights", "inspect", str(weights_folder)]) == 0
+    assert encoder.fingerprint() in capsys.readouterr().out
+    assert np.array_equal(minilm.load(back).encode("a cat"), encoder.encode("a cat"))
+
+
+def test_weights_export_to_modelscope(tmp_path, canonical_folder, encoder):
+    assert main(["weights", "export", str(canonical_folder), str(tmp_path / "exported"), "--to", "modelscope"]) == 0
+    assert np.array_equal(minilm.load(tmp_path / "exported").encode("a cat"), encoder.encode("a cat"))
+
+
+def test_weights_fetch_prints_the_folder(capsys, canonical_folder):
+    assert main(["weights", "fetch", str(canonical_folder)]) == 0
+    assert capsys.readouterr().out == f"{canonical_folder}\n"
+
+
+def test_failed_verification_is_exit_code_1(tmp_path, capsys, canonical_folder):
+    checkpoint = minilm.load(canonical_folder).to_checkpoint()
+    golden = [{"text": "a cat", "ids": [101, 1037, 4937, 102], "vector": [1.0] * 384}]
+    replace(checkpoint, golden=golden).save(tmp_path / "model")
+    assert main(["weights", "verify", str(tmp_path / "model")]) == 1
+    assert "FAIL" in capsys.readouterr().out

@@ -1,0 +1,148 @@
+"""STS figures against figures by hand, by scipy, by sentence-transformers and as published."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from minilm.evaluate import evaluate_sts
+from minilm.evaluate.sts_data import TASKS, YEARS
+
+
+class AngleEncoder:
+    """Encodes the text "30 anything" as a vector of length 3 at 30 degrees, so that similarities are known."""
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, sentences):
+        self.seen.extend(sentences)
+        angles = np.radians([float(text.split()[0]) for text in sentences])
+        return 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def pairs(*angles_and_scores):
+    """Return TSV lines whose pairs are apart by the given angles."""
+    return "".join(f"{score}\t0 a\t{angle} b\n" for angle, score in angles_and_scores)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Make a small data folder: two subsets a year, and test and dev sets."""
+    for year in YEARS:
+        (tmp_path / year).mkdir()
+        (tmp_path / year / "news.tsv").write_text(pairs((0, 5), (30, 4), (60, 3), (90, 2)))
+        (tmp_path / year / "forum.tsv").write_text(pairs((10, 1), (50, 3), (80, 0)))
+    for name in ("stsb", "sickr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.tsv").write_text(pairs((0, 1), (40, 1), (80, 2)))
+        (tmp_path / name / "dev.tsv").write_text(pairs((0, 3), (40, 2), (80, 1)))
+    return tmp_path
+
+
+def test_figures(folder):
+    result = evaluate_sts(AngleEncoder(), folder)
+    assert [task.name for task in result.tasks] == list(TASKS)
+    sts12, *_, sickr = result.tasks
+    cosines = np.cos(np.radians([10, 50, 80, 0, 30, 60, 90]))
+    scores = [1, 3, 0, 5, 4, 3, 2]
+    assert sts12.num_pairs == 7
+    assert sts12.spearman == pytest.approx(100 * stats.spearmanr(cosines, scores).statistic, abs=1e-5)
+    assert sts12.pearson == pytest.approx(100 * stats.pearsonr(cosines, scores).statistic, abs=1e-5)
+    assert [(subset.name, subset.num_pairs) for subset in sts12.subsets] == [("forum", 3), ("news", 4)]
+    assert [subset.spearman for subset in sts12.subsets] == pytest.approx([50, 100])
+    assert sickr.subsets == ()
+    assert result.average == pytest.approx(np.mean([task.spearman for task in result.tasks]))
+
+
+def test_result_as_json_and_table(folder):
+    result = evaluate_sts(AngleEncoder(), folder)
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["split"] == "test"
+    assert report["average_spearman"] == result.average
+    linear = 100 * stats.pearsonr(np.cos(np.radians([0, 30, 60, 90])), [5, 4, 3, 2]).statistic
+    news = {"num_pairs": 4, "spearman": pytest.approx(100), "pearson": pytest.approx(linear, abs=1e-5)}
+    assert report["tasks"]["sts14"]["subsets"]["news"] == news
+    assert "subsets" not in report["tasks"]["stsb"]
+    lines = result.table().splitlines()
+    assert lines[0].split() == ["task", "pairs", "Spearman", "Pearson"]
+    assert lines[3].split()[:3] == ["news", "4", "100.00"]
+    assert lines[-1].split() == ["average", "of", "7", f"{result.average:.2f}"]
+
+
+def test_each_sentence_is_encoded_once(folder):
+    encoder = AngleEncoder()
+    evaluate_sts(encoder, folder)
+    assert sorted(encoder.seen) == sorted(set(encoder.seen))
+    assert len(encoder.seen) == 1 + 8  # "0 a", and "N b" for N in 0 10 30 40 50 60 80 90
+
+
+def test_dev_split_of_some_tasks(folder):
+    result = evaluate_sts(AngleEncoder(), folder, tasks=["sickr", "stsb"], split="dev")
+    assert [(task.name, task.spearman) for task in result.tasks] == [
+        ("sickr", pytest.approx(100)),
+        ("stsb", pytest.approx(100)),
+    ]
+    assert result.table().splitlines()[-1].startswith("average of 2")
+
+
+def test_undefined_correlation_is_shown(folder, caplog):
+    (folder / "stsb" / "test.tsv").write_text(pairs((0, 3), (40, 3)))
+    result = evaluate_sts(AngleEncoder(), folder, tasks=["stsb"])
+    assert math.isnan(result.tasks[0].spearman)
+    assert math.isnan(result.average)
+    assert "no correlation for stsb" in caplog.text
+    assert "nan" in result.table()
+    assert result.to_dict()["average_spearman"] is None
+
+
+def test_pairs_of_equal_sentences_tie(folder):
+    """Their cosines are 1 give or take a rounding error, which must not be ranked as if it meant something."""
+    scores = np.random.default_rng(0).permutation(30)
+    same = "".join(f"{score}\t{angle} a\t{angle} a\n" for angle, score in enumerate(scores))
+    (folder / "stsb" / "test.tsv").write_text(same + pairs((10, -1)))
+    expected = stats.spearmanr([1] * 30 + [0], [*scores, -1]).statistic
+    assert evaluate_sts(AngleEncoder(), folder, tasks=["stsb"]).average == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64], ids=str)
+def test_any_dtype_of_vectors(folder, dtype):
+    class Encoder(AngleEncoder):
+        def encode(self, sentences):
+            return super().encode(sentences).astype(dtype)
+
+    expected = evaluate_sts(AngleEncoder(), folder).average
+    assert evaluate_sts(Encoder(), folder).average == pytest.approx(expected, abs=1e-6)
+
+
+def test_sentence_transformers_gets_the_same_figures(folder, encoder, weights_folder):
+    from sentence_transformers import SentenceTransformer
+
+    theirs = evaluate_sts(SentenceTransformer(str(weights_folder), device="cpu"), folder)
+    ours = evaluate_sts(encoder, folder)
+    assert [task.spearman for task in ours.tasks] == pytest.approx([task.spearman for task in theirs.tasks])
+    assert [task.pearson for task in ours.tasks] == pytest.approx([task.pearson for task in theirs.tasks], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "vectors", [np.zeros((2, 3)), np.full((3, 2), np.nan), np.zeros(3)], ids=["rows", "nan", "flat"]
+)
+def test_unusable_vectors(folder, vectors):
+    class Encoder:
+        def encode(self, _sentences):
+            return vectors
+
+    with pytest.raises(ValueError, match="expected finite vectors"):
+        evaluate_sts(Encoder(), folder, tasks=["sts12"])
+
+
+PUBLISHED = {"sts16": 78.99, "stsb": 82.03}
+
+
+def test_published_figures(encoder, sts_folder):
+    """Two of the seven tasks, for speed; `minilm eval sts` must give 78.87 over all."""
+    result = evaluate_sts(encoder, sts_folder, tasks=PUBLISHED)
+    assert {task.name: task.spearman for task in result.tasks} == pytest.approx(PUBLISHED, abs=0.02)
+    assert [task.num_pairs for task in result.tasks] == [1186, 1379]

@@ -1,0 +1,90 @@
+"""Token ids against the reference tokenizer, and cutting texts that are too long."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+
+from minilm.tokenizer import TokenizedText, Tokenizer
+
+TEXTS = json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8"))
+LIMITS = (3, 4, 5, 16, 127, 128, 512)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(encoder):
+    return encoder.tokenizer
+
+
+@pytest.fixture(scope="module")
+def reference(weights_folder):
+    return transformers.AutoTokenizer.from_pretrained(weights_folder)
+
+
+@pytest.fixture(scope="module")
+def rust(weights_folder):
+    """The plain `tokenizers` object, whose own truncation is the reference for ours."""
+    return tokenizers.Tokenizer.from_file(str(weights_folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_ids_equal_the_reference(tokenizer, reference, text):
+    expected = reference(text, truncation=False)
+    assert tokenizer(text) == TokenizedText(expected["input_ids"], expected["token_type_ids"])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("text", [TEXTS[n] for n in ("empty", "no", "90-words", "400-words")], ids=[0, 1, 90, 400])
+def test_truncation_equals_the_reference(tokenizer, reference, text, limit):
+    expected = reference(text, truncation=True, max_length=limit)
+    assert tokenizer.truncate(tokenizer(text), limit).ids == expected["input_ids"]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("sizes", [(0, 0), (1, 9), (9, 1), (60, 80), (80, 60), (300, 2), (300, 299)], ids=str)
+def test_pair_truncation_equals_the_reference(tokenizer, rust, sizes, limit):
+    pair = " ".join(["one"] * sizes[0]), " ".join(["two"] * sizes[1])
+    rust.no_padding()
+    rust.enable_truncation(limit, strategy="longest_first")
+    expected = rust.encode(*pair)
+    cut = tokenizer.truncate(tokenizer(pair), limit)
+    assert (cut.ids, cut.type_ids) == (expected.ids, expected.type_ids)
+
+
+@pytest.mark.parametrize("limit", [8, 64, 128])
+@pytest.mark.parametrize("size", [1, 62, 63, 126, 127, 128, 500])
+def test_windows_cover_every_token_and_overlap_by_a_quarter(tokenizer, size, limit):
+    content = list(range(1_000, 1_000 + size))
+    text = TokenizedText([tokenizer.cls_id, *content, tokenizer.sep_id], [0] * (size + 2))
+    windows = tokenizer.chunk(text, limit)
+    assert all(len(window) <= limit for window in windows)
+    assert all((w.ids[0], w.ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) for w in windows)
+    seen = [w.ids[1:-1] for w in windows]
+    overlap = (limit - 2) // 4
+    assert all(a[-overlap:] == b[:overlap] for a, b in pairwise(seen))
+    assert seen[0] + [i for window in seen[1:] for i in window[overlap:]] == content
+    assert len(windows) == 1 or len(windows[-1]) > overlap + 2  # the last window brings something new
+
+
+def test_a_pair_cannot_be_split_into_windows(tokenizer):
+    with pytest.raises(ValueError, match="a text pair can't be split"):
+        tokenizer.chunk(tokenizer(("one " * 9, "two " * 9)), 8)
+
+
+def test_tokens_are_readable(tokenizer):
+    assert tokenizer.tokens(tokenizer("unaffordable").ids) == ["[CLS]", "una", "##ff", "##ord", "##able", "[SEP]"]
+    assert tokenizer.tokens([10**6]) == ["[1000000]"]
+
+
+def test_damaged_description():
+    with pytest.raises(ValueError, match="this tokenizer description can't be read"):
+        Tokenizer("{}")
+
+
+def test_a_tokenizer_without_a_frame_is_refused():
+    bare = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match="around a text, got 0 tokens"):
+        Tokenizer(bare.to_str())

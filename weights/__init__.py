@@ -1,0 +1,1 @@
+"""Weights: reading, converting, checking, storing and exporting them; imported as `minilm.weights`."""

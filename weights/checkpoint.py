@@ -1,0 +1,153 @@
+"""The canonical form of a model's weights: `Checkpoint`, the folder it is stored in, and its fingerprint.
+
+A canonical folder is `model.safetensors` and `tokenizer.json`, and needs nothing else. The safetensors metadata holds
+the model's and the encoding's configuration, where the weights came from, and the fingerprint of all that decides a
+sentence vector, which shows an altered bit that the file format cannot see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilm.config import EncodingConfig, MiniLMConfig
+from minilm.weights.convert import check_canonical
+from minilm.weights.files import WeightsError, new_folder, own, read_safetensors, read_text, write_safetensors
+from minilm.weights.names import OPTIONAL
+from minilm.weights.vocabulary import check_vocabulary
+
+__all__ = ["Checkpoint", "WeightsError", "fingerprint", "is_canonical", "read_canonical", "stored_fingerprint"]
+
+FORMAT, FORMAT_VERSION = "minilm", "1"
+WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model's weights and everything needed to run it.
+
+    Attributes:
+        config: the model's sizes and constants.
+        encoding: pooling, normalisation, maximum length, prompts and similarity.
+        tensors: the weights by canonical name (see `names`), in the source's dtype; optional ones included.
+        tokenizer_json: a complete Hugging Face `tokenizers` JSON, with neither truncation nor padding.
+        provenance: `source`, `source_format` (minilm, sentence-transformers, modelscope or bert), `source_sha256`,
+            `source_max_seq_length`, `licence` and `converted_with`.
+        calibration: [2, C] float32, each dimension's minimum and maximum over real sentences, for int8 output.
+        golden: sentences with their expected result: `text`, `ids` and `vector`.
+        ignored: names of source tensors that are no part of the model and were left out.
+        stored_fingerprint: the fingerprint that a canonical file was saved with.
+    """
+
+    config: MiniLMConfig
+    encoding: EncodingConfig
+    tensors: dict[str, torch.Tensor]
+    tokenizer_json: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+    calibration: torch.Tensor | None = None
+    golden: list[dict[str, Any]] | None = None
+    ignored: tuple[str, ...] = ()
+    stored_fingerprint: str | None = None
+
+    @property
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model, without the optional ones that only an export needs."""
+        return {name: tensor for name, tensor in self.tensors.items() if name not in OPTIONAL}
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the canonical folder, whole or not at all, and return it.
+
+        An earlier canonical folder is replaced; any other folder that is not empty is a `WeightsError`, as are tensors
+        that do not fit the configuration.
+        """
+        target = Path(folder).expanduser().resolve()
+        check_canonical(self.tensors, self.config, "the checkpoint to save")
+        with new_folder(target, replaces=_own_files(target)) as temporary:
+            (temporary / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
+            write_safetensors(temporary / WEIGHTS_FILE, self.tensors, self._metadata())
+        return target
+
+    def _metadata(self) -> dict[str, str]:
+        """Return the safetensors metadata; every value but the format is JSON."""
+        values = {
+            "config": self.config.to_dict(),
+            "encoding": self.encoding.to_dict(),
+            "provenance": self.provenance,
+            "calibration": None if self.calibration is None else self.calibration.float().tolist(),
+            "golden": self.golden,
+            "fingerprint": fingerprint(self),
+        }
+        return {"format": FORMAT, "format_version": FORMAT_VERSION} | {k: json.dumps(v) for k, v in values.items()}
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return the sha256, in hexadecimal, of all that decides a sentence vector.
+
+    That is the model's tensors (name, dtype, shape and bytes), its head count and LayerNorm epsilon, the tokenizer and
+    the encoding configuration; the optional tensors, provenance and layout of the files have no part in it.
+    """
+    settings = {
+        "num_heads": checkpoint.config.num_heads,
+        "layer_norm_eps": checkpoint.config.layer_norm_eps,
+        "encoding": checkpoint.encoding.to_dict(),
+        "tokenizer": json.loads(checkpoint.tokenizer_json),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.model_tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(own(tensor).reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _own_files(folder: Path) -> frozenset[str]:
+    """Return the names of the files that may be replaced in a folder: those of a canonical one, else none."""
+    try:
+        return frozenset({WEIGHTS_FILE, TOKENIZER_FILE} if is_canonical(folder / WEIGHTS_FILE) else ())
+    except WeightsError:
+        return frozenset()
+
+
+def is_canonical(path: Path) -> bool:
+    """Whether this is a safetensors file that minilm wrote; `WeightsError` if it is a damaged one."""
+    if path.suffix != ".safetensors" or not path.exists():
+        return False
+    return read_safetensors(path, metadata_only=True)[1].get("format") == FORMAT
+
+
+def read_canonical(path: Path) -> Checkpoint:
+    """Read a canonical weights file and the tokenizer beside it.
+
+    Raises:
+        WeightsError: the file, its metadata, a tensor or the tokenizer is missing, damaged or contradicts the rest.
+    """
+    tensors, metadata = read_safetensors(path)
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise WeightsError(f"{path} has format version {version}, this minilm reads {FORMAT_VERSION}. Update minilm")
+    try:
+        values = {name: json.loads(metadata[name]) for name in ("config", "encoding", "provenance", "golden")}
+        calibration = json.loads(metadata["calibration"])
+        config, encoding = MiniLMConfig.from_dict(values["config"]), EncodingConfig.from_dict(values["encoding"])
+        limits = None if calibration is None else torch.tensor(calibration, dtype=torch.float32)
+        if limits is not None and limits.shape != (2, config.hidden_size):
+            raise ValueError(f"calibration must be [2, {config.hidden_size}], got {list(limits.shape)}")
+    except (KeyError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path} has damaged metadata ({error}). Convert or download it again") from error
+    check_canonical(tensors, config, path)
+    tokenizer_json = read_text(path.with_name(TOKENIZER_FILE))
+    check_vocabulary(tokenizer_json, config, path.with_name(TOKENIZER_FILE))
+    return Checkpoint(config, encoding, tensors, tokenizer_json, values["provenance"], limits, values["golden"])
+
+
+def stored_fingerprint(path: Path) -> str:
+    """Return the fingerprint that a canonical weights file was saved with, to compare with `fingerprint` of it now."""
+    try:
+        return str(json.loads(read_safetensors(path, metadata_only=True)[1]["fingerprint"]))
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{path} holds no fingerprint ({error}); it is not a canonical minilm file") from error

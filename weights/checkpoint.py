@@ -22,7 +22,7 @@ from minilm.weights.files import WeightsError, new_folder, own, read_safetensors
 from minilm.weights.names import OPTIONAL
 from minilm.weights.vocabulary import check_vocabulary
 
-__all__ = ["Checkpoint", "WeightsError", "fingerprint", "is_canonical", "read_canonical", "stored_fingerprint"]
+__all__ = ["Checkpoint", "WeightsError", "fingerprint", "is_canonical", "read_canonical"]
 
 FORMAT, FORMAT_VERSION = "minilm", "1"
 WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
@@ -89,8 +89,8 @@ class Checkpoint:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return the sha256, in hexadecimal, of all that decides a sentence vector.
 
-    That is the model's tensors (name, dtype, shape and bytes), its head count and LayerNorm epsilon, the tokenizer and
-    the encoding configuration; the optional tensors, provenance and layout of the files have no part in it.
+    That is the model's tensors (name, shape and values in float32), its head count and LayerNorm epsilon, the tokenizer
+    and the encoding configuration; the optional tensors, provenance and layout of the files have no part in it.
     """
     settings = {
         "num_heads": checkpoint.config.num_heads,
@@ -100,8 +100,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.model_tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(own(tensor).reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
+        digest.update(own(tensor.float()).reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -131,7 +131,9 @@ def read_canonical(path: Path) -> Checkpoint:
     if version != FORMAT_VERSION:
         raise WeightsError(f"{path} has format version {version}, this minilm reads {FORMAT_VERSION}. Update minilm")
     try:
-        values = {name: json.loads(metadata[name]) for name in ("config", "encoding", "provenance", "golden")}
+        values = {
+            name: json.loads(metadata[name]) for name in ("config", "encoding", "provenance", "golden", "fingerprint")
+        }
         calibration = json.loads(metadata["calibration"])
         config, encoding = MiniLMConfig.from_dict(values["config"]), EncodingConfig.from_dict(values["encoding"])
         limits = None if calibration is None else torch.tensor(calibration, dtype=torch.float32)
@@ -142,12 +144,13 @@ def read_canonical(path: Path) -> Checkpoint:
     check_canonical(tensors, config, path)
     tokenizer_json = read_text(path.with_name(TOKENIZER_FILE))
     check_vocabulary(tokenizer_json, config, path.with_name(TOKENIZER_FILE))
-    return Checkpoint(config, encoding, tensors, tokenizer_json, values["provenance"], limits, values["golden"])
-
-
-def stored_fingerprint(path: Path) -> str:
-    """Return the fingerprint that a canonical weights file was saved with, to compare with `fingerprint` of it now."""
-    try:
-        return str(json.loads(read_safetensors(path, metadata_only=True)[1]["fingerprint"]))
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path} holds no fingerprint ({error}); it is not a canonical minilm file") from error
+    return Checkpoint(
+        config,
+        encoding,
+        tensors,
+        tokenizer_json,
+        values["provenance"],
+        limits,
+        values["golden"],
+        stored_fingerprint=str(values["fingerprint"]),
+    )

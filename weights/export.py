@@ -52,8 +52,7 @@ def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLi
         write_json(temporary / "config_sentence_transformers.json", settings)
         limit = {"max_seq_length": encoding.max_seq_length, "do_lower_case": False}
         write_json(temporary / "sentence_bert_config.json", limit)
-        for path in paths[1 : len(names)]:
-            (temporary / path).mkdir()
+        (temporary / paths[1]).mkdir()
         write_json(temporary / paths[1] / "config.json", {"word_embedding_dimension": config.hidden_size, **switches})
         (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
         write_safetensors(temporary / "model.safetensors", _bert_tensors(checkpoint), {"format": "pt"})

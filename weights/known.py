@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from minilm.config import EncodingConfig
 from minilm.weights.download import SourceError
 from minilm.weights.files import sha256
 
@@ -22,6 +26,18 @@ def known(name: str) -> dict[str, Any]:
     """
     facts: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
     return facts.get(name, {})
+
+
+def known_results(source_sha256: str, encoding: EncodingConfig) -> tuple[Tensor | None, list[dict[str, Any]] | None]:
+    """Return the calibration and golden results of a pinned model's weights, or two `None` for any others.
+
+    They are in `golden.json`: vectors in float64, and the bounds of each dimension, for mean pooling and normalisation.
+    """
+    path = Path(__file__).with_name("golden.json")
+    results = json.loads(path.read_text(encoding="utf-8")).get(source_sha256)
+    if results is None or (encoding.pooling, encoding.normalize) != ("mean", True):
+        return None, None
+    return torch.tensor(results["calibration"]), results["golden"]
 
 
 def check_sha256(name: str, folder: Path, files: Iterable[str] | None = None) -> Path:

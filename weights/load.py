@@ -14,6 +14,7 @@ from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights.checkpoint import WEIGHTS_FILE, Checkpoint, is_canonical, read_canonical
 from minilm.weights.convert import config_from_bert, from_bert
 from minilm.weights.files import WeightsError, find_weights, read_json, read_object, read_tensors, sha256
+from minilm.weights.known import known_results
 from minilm.weights.vocabulary import check_vocabulary, read_tokenizer
 
 logger = logging.getLogger("minilm.weights")
@@ -192,7 +193,7 @@ def _read_bert(layout: _Layout, files: list[Path], source: str, licence: str) ->
     tensors, ignored = from_bert(read_tensors(files), config, files[0])
     tokenizer_json = read_tokenizer(layout.folder, lowercase=layout.lowercase)
     check_vocabulary(tokenizer_json, config, layout.folder)
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": source,
         "source_format": layout.format,
         "source_sha256": sha256(files),
@@ -200,7 +201,8 @@ def _read_bert(layout: _Layout, files: list[Path], source: str, licence: str) ->
         "licence": licence,
         "converted_with": _version(),
     }
-    return Checkpoint(config, encoding, tensors, tokenizer_json, provenance, ignored=ignored)
+    calibration, golden = known_results(provenance["source_sha256"], encoding)
+    return Checkpoint(config, encoding, tensors, tokenizer_json, provenance, calibration, golden, ignored)
 
 
 def _encoding(layout: _Layout, config: MiniLMConfig) -> EncodingConfig:

@@ -155,9 +155,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 def write_jsonl(file: BinaryIO, rows: Iterable[Row], _width: int) -> None:
     """Write a line `{"text": ..., "embedding": [...]}` a row, with as few digits as give the same numbers back."""
     for text, vector in rows:
-        file.write(
-            b'{"text": %s, "embedding": [%s]}\n' % (json.dumps(text).encode(), ", ".join(vector.astype(str)).encode())
-        )
+        numbers = ", ".join(map(str, vector))  # not vector.astype(str), in which numpy loses a KeyboardInterrupt
+        file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
 
 
 def write_npy(file: BinaryIO, rows: Iterable[Row], width: int) -> None:

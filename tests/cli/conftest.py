@@ -6,7 +6,6 @@ import pytest
 
 import minilm.encoder
 
-
 load_once = functools.cache(minilm.encoder.load)
 
 

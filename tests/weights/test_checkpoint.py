@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from minilm.config import EncodingConfig
 from minilm.weights import checkpoint as module
-from minilm.weights.checkpoint import WeightsError, fingerprint, is_canonical, stored_fingerprint
+from minilm.weights.checkpoint import WeightsError, fingerprint, is_canonical
 from minilm.weights.load import read_checkpoint
 
 
@@ -20,7 +20,7 @@ from minilm.weights.load import read_checkpoint
 def checkpoint(bert_folder):
     encoding = EncodingConfig("avg_first_last", "first_layer", False, 77, "dot", {"query": "q: "}, "query")
     golden = [{"text": "a cat", "ids": [2, 5, 6, 3], "vector": [0.1, -1e-9]}]
-    calibration = torch.tensor([[-0.1, 1 / 3], [0.2, 3e-8]])
+    calibration = torch.stack([-torch.arange(32) / 3, torch.arange(32) * 1e-8])
     read = read_checkpoint(bert_folder())
     return dataclasses.replace(read, encoding=encoding, golden=golden, calibration=calibration)
 
@@ -57,7 +57,7 @@ def test_the_metadata_says_everything_in_json(checkpoint, tmp_path):
     assert values["provenance"].keys() == {
         "source", "source_format", "source_sha256", "source_max_seq_length", "licence", "converted_with",
     }  # fmt: skip
-    assert values["fingerprint"] == fingerprint(checkpoint) == stored_fingerprint(folder / "model.safetensors")
+    assert values["fingerprint"] == fingerprint(checkpoint) == read_checkpoint(folder).stored_fingerprint
 
 
 def test_optional_tensors_are_no_part_of_the_model(checkpoint):
@@ -178,11 +178,12 @@ def test_trained_tensors_can_be_saved(checkpoint, tmp_path):
         lambda _: {"provenance": {"source": "elsewhere"}},
         lambda c: {"tensors": c.model_tensors},
         lambda c: {"tensors": dict(reversed(c.tensors.items()))},
+        lambda c: {"tensors": altered(c.tensors, "embeddings.word.weight", torch.Tensor.double)},
         lambda c: {"tokenizer_json": json.dumps(json.loads(c.tokenizer_json), indent=3)},
         lambda _: {"calibration": None, "golden": None, "ignored": ("decoder.bias",)},
         lambda c: {"config": dataclasses.replace(c.config, hidden_dropout=0.5)},
     ],
-    ids=["provenance", "no optional tensors", "order", "spaces in the tokenizer", "calibration", "dropout"],
+    ids=["provenance", "no optional tensors", "order", "dtype", "spaces in the tokenizer", "calibration", "dropout"],
 )
 def test_the_fingerprint_is_not_moved_by_what_moves_no_vector(checkpoint, change):
     assert fingerprint(dataclasses.replace(checkpoint, **change(checkpoint))) == fingerprint(checkpoint)
@@ -197,14 +198,13 @@ def flip_lowest_bit(tensor):
     "change",
     [
         lambda c: {"tensors": altered(c.tensors, "layers.1.feed_forward_norm.bias", flip_lowest_bit)},
-        lambda c: {"tensors": altered(c.tensors, "embeddings.word.weight", torch.Tensor.double)},
         lambda c: {"tokenizer_json": c.tokenizer_json.replace('"lowercase": true', '"lowercase": false')},
         lambda c: {"encoding": dataclasses.replace(c.encoding, pooling="mean")},
         lambda c: {"encoding": dataclasses.replace(c.encoding, max_seq_length=78)},
         lambda c: {"config": dataclasses.replace(c.config, num_heads=2)},
         lambda c: {"config": dataclasses.replace(c.config, layer_norm_eps=1e-5)},
     ],
-    ids=["a bit", "dtype", "tokenizer", "pooling", "length", "heads", "epsilon"],
+    ids=["a bit", "tokenizer", "pooling", "length", "heads", "epsilon"],
 )
 def test_the_fingerprint_is_moved_by_what_moves_a_vector(checkpoint, change):
     assert fingerprint(dataclasses.replace(checkpoint, **change(checkpoint))) != fingerprint(checkpoint)
@@ -212,26 +212,24 @@ def test_the_fingerprint_is_moved_by_what_moves_a_vector(checkpoint, change):
 
 def test_the_fingerprint_shows_an_altered_bit_in_the_file(checkpoint, tmp_path):
     path = checkpoint.save(tmp_path / "canonical") / "model.safetensors"
-    assert fingerprint(read_checkpoint(path)) == stored_fingerprint(path)
+    assert fingerprint(read_checkpoint(path)) == read_checkpoint(path).stored_fingerprint
     data = bytearray(path.read_bytes())
     header_size = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + header_size])
     data[8 + header_size + header["layers.0.attention.qkv.weight"]["data_offsets"][0]] ^= 1
     path.write_bytes(data)
-    assert fingerprint(read_checkpoint(path)) != stored_fingerprint(path)
+    assert fingerprint(read_checkpoint(path)) != read_checkpoint(path).stored_fingerprint
 
 
 def test_the_fingerprint_of_the_real_weights_never_changes(weights_folder, tmp_path):
     """A stored fingerprint must be found again by every later version, on every machine."""
     checkpoint = read_checkpoint(weights_folder)
-    expected = "c2b21d9d29cf7bfc1c68b5165980e1164d88ee8099fdcecebc201e11fabec963"
+    expected = "04b3faac20e218145a7a0d44c6ac4f940cd987a7d53b68e5a4cb7d8a050b07eb"
     assert fingerprint(checkpoint) == expected
-    assert stored_fingerprint(checkpoint.save(tmp_path / "canonical") / "model.safetensors") == expected
+    assert read_checkpoint(checkpoint.save(tmp_path / "canonical")).stored_fingerprint == expected
 
 
 def test_is_canonical(checkpoint, bert_folder, tmp_path):
     assert is_canonical(checkpoint.save(tmp_path / "canonical") / "model.safetensors")
     assert not is_canonical(bert_folder("other") / "model.safetensors")
     assert not is_canonical(tmp_path / "nothing" / "model.safetensors")
-    with pytest.raises(WeightsError, match="no fingerprint"):
-        stored_fingerprint(tmp_path / "other" / "model.safetensors")

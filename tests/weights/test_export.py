@@ -105,6 +105,7 @@ def test_sentence_transformers_computes_the_same_from_the_export(weights_folder,
     folder = export_sentence_transformers(read_checkpoint(weights_folder), tmp_path / "exported")
     exported = SentenceTransformer(str(folder), device="cpu")
     assert exported.max_seq_length == 128
+    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 128  # before version 6
     difference = np.abs(exported.encode(SENTENCES) - original.encode(SENTENCES)).max()
     assert difference <= 1e-6
 

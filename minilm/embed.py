@@ -191,7 +191,7 @@ class Embedder:
             run([[i] for i in range(len(lengths))])
         else:
             token_budget = self.options.batch_size * self.encoding.max_seq_length
-            threads.run(lambda: run(plan_batches(lengths, token_budget)))
+            run(plan_batches(lengths, token_budget))
 
     def _pack(self, pieces: list[TokenizedText]) -> PackedBatch:
         """Pack pieces on the model's device."""

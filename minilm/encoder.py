@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minilm import threads
 from minilm.batch import PackedBatch
 from minilm.config import MiniLMConfig
 from minilm.embed import Embedder, EncodeOptions
@@ -168,9 +170,9 @@ class SentenceEncoder:
         if device is not None:
             self.to(device)
         if output_value == "token_embeddings":
-            rows: Any = embedder.token_vectors(texts)
+            rows: Any = threads.run(lambda: embedder.token_vectors(texts))
         else:
-            rows = self._quantized(embedder.vectors(texts), embedder.options)
+            rows = self._quantized(threads.run(lambda: embedder.vectors(texts)), embedder.options)
             if not convert_to_tensor:
                 rows = rows.cpu().numpy() if convert_to_numpy else list(rows)
         embedder.report_truncation()
@@ -199,7 +201,8 @@ class SentenceEncoder:
         iterator, done = iter(inputs), 0
         while block := list(islice(iterator, block_size)):
             texts = [check_text(text, f"text {done + i}") for i, text in enumerate(block)]
-            yield from self._quantized(embedder.vectors(texts, done), embedder.options).cpu().numpy()
+            vectors = threads.run(partial(embedder.vectors, texts, done))
+            yield from self._quantized(vectors, embedder.options).cpu().numpy()
             done += len(block)
         embedder.report_truncation()
 
@@ -207,11 +210,11 @@ class SentenceEncoder:
 
     def similarity(self, a: Vectors, b: Vectors, metric: str | None = None) -> Tensor:
         """Score all rows of a against all rows of b; see `minilm.similarities`. The model's own metric by default."""
-        return similarity(a, b, metric or self.encoding.similarity)
+        return threads.run(lambda: similarity(a, b, metric or self.encoding.similarity))
 
     def similarity_pairwise(self, a: Vectors, b: Vectors, metric: str | None = None) -> Tensor:
         """Score each row of a against the same row of b; see `minilm.similarities`."""
-        return similarity_pairwise(a, b, metric or self.encoding.similarity)
+        return threads.run(lambda: similarity_pairwise(a, b, metric or self.encoding.similarity))
 
     def search(
         self,
@@ -229,7 +232,7 @@ class SentenceEncoder:
             queries = self.encode_query([queries] if isinstance(queries, str) else queries, **options)
         if not _are_vectors(corpus):
             corpus = self.encode_document([corpus] if isinstance(corpus, str) else corpus, **options)
-        return search(queries, corpus, top_k, metric or self.encoding.similarity)
+        return threads.run(lambda: search(queries, corpus, top_k, metric or self.encoding.similarity))
 
     # Tokens.
 
@@ -370,9 +373,10 @@ class SentenceEncoder:
         """Encode the calibration sentences, and return the bounds of each dimension: `[2, C]`."""
         sentences = (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
         chosen = replace(options or EncodeOptions(), show_progress_bar=False, on_truncate="ignore", deterministic=True)
-        vectors = Embedder(self.model, self.tokenizer, self.encoding, chosen).vectors(sentences).cpu()
-        mean, spread = vectors.mean(dim=0), 4 * vectors.std(dim=0)
-        return torch.stack([mean - spread, mean + spread])
+        embedder = Embedder(self.model, self.tokenizer, self.encoding, chosen)
+        vectors = threads.run(lambda: embedder.vectors(sentences)).cpu().numpy()
+        mean, spread = vectors.mean(axis=0), 4 * vectors.std(axis=0)
+        return torch.from_numpy(np.stack([mean - spread, mean + spread]))
 
 
 def _are_vectors(inputs: Any) -> bool:

@@ -305,7 +305,7 @@ class SentenceEncoder:
     def calibration(self) -> Tensor:
         """The range of int8 and uint8 vectors: a lower and an upper bound of each dimension, float32 `[2, C]`.
 
-        The mean, less and plus four standard deviations, over this package's calibration sentences. Kept with the
+        The mean, less and plus five standard deviations, over this package's calibration sentences. Kept with the
         weights by `minilm weights convert`, else computed on first use.
         """
         stored = self._checkpoint.calibration
@@ -375,7 +375,7 @@ class SentenceEncoder:
         chosen = replace(options or EncodeOptions(), show_progress_bar=False, on_truncate="ignore", deterministic=True)
         embedder = Embedder(self.model, self.tokenizer, self.encoding, chosen)
         vectors = threads.run(lambda: embedder.vectors(sentences)).cpu().numpy()
-        mean, spread = vectors.mean(axis=0), 4 * vectors.std(axis=0)
+        mean, spread = vectors.mean(axis=0), 5 * vectors.std(axis=0)
         return torch.from_numpy(np.stack([mean - spread, mean + spread]))
 
 

@@ -16,7 +16,7 @@ from minilm.weights.load import read_checkpoint
 def test_the_default_model_verifies(encoder):
     report = verify(encoder)
     assert report.ok
-    assert [check.name for check in report.checks][0] == "fingerprint"
+    assert report.checks[0].name == "fingerprint"
     assert len(report.checks) == 1 + len(GOLDEN_TEXTS)
 
 
@@ -44,7 +44,7 @@ def test_calibration_is_not_that_of_another_pooling(canonical_folder):
 
 
 @pytest.mark.parametrize("change", ["weights", "tokenizer", "nothing"])
-def test_changes_are_seen(canonical_folder, tmp_path, change):
+def test_changes_are_seen(canonical_folder, change):
     checkpoint = read_checkpoint(canonical_folder)
     if change == "weights":
         bias = checkpoint.tensors["layers.5.feed_forward_norm.bias"]

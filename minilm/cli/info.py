@@ -63,7 +63,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
         "format": provenance.get("source_format"),
         "licence": provenance.get("licence"),
         "device": str(encoder.device),
-        "backend": type(encoder.model.backend).__name__,
+        "backend": encoder.model.backend.name,
         "config": encoder.config.to_dict(),
         "max_seq_length": encoder.max_seq_length,
         "pooling": encoding.pooling,

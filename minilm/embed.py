@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -144,7 +145,7 @@ class Embedder:
         self.longest = max(self.longest, len(tokenized))
         return [self.tokenizer.truncate(tokenized, limit)]
 
-    def report_truncation(self, stacklevel: int = 3) -> None:
+    def report_truncation(self) -> None:
         """Warn, once, if texts were cut and `on_truncate` is `warn`."""
         if self.truncated and self.options.on_truncate == "warn":
             texts = "1 text was" if self.truncated == 1 else f"{self.truncated} texts were"
@@ -153,7 +154,7 @@ class Embedder:
                 f'{self.longest}); raise max_seq_length, or pass on_truncate="chunk" to encode all of it, '
                 f'"ignore" to silence this',
                 TruncationWarning,
-                stacklevel=stacklevel,
+                stacklevel=_level_outside(),
             )
 
     def _block_vectors(self, fitted: list[list[TokenizedText]], advance: Callable[[float], object]) -> Tensor:
@@ -161,10 +162,12 @@ class Embedder:
         pieces = [piece for text in fitted for piece in text]
         pooled = torch.empty(len(pieces), self.model.config.hidden_size, device=self.device)
         first = 1 if self.encoding.first_hidden_state == "first_layer" else 0
+        averages_layers = self.encoding.pooling in ("avg_top2", "avg_first_last")
 
         def place(indices: list[int]) -> None:
             batch = self._pack([pieces[i] for i in indices])
-            states = self.model(batch, hidden_states=True).hidden_states
+            output = self.model(batch, hidden_states=averages_layers)
+            states = output.hidden_states or (output.last_hidden_state,)
             pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first).float()
             advance(len(indices) * len(fitted) / len(pieces))
 
@@ -220,6 +223,14 @@ def _merge_windows(pooled: Tensor, fitted: list[list[TokenizedText]]) -> Tensor:
     lengths = pooled.new_tensor([len(piece) for text in fitted for piece in text])
     share = lengths / pooled.new_zeros(len(fitted)).index_add_(0, owners, lengths)[owners]
     return pooled.new_zeros(len(fitted), pooled.shape[1]).index_add_(0, owners, pooled * share.unsqueeze(1))
+
+
+def _level_outside() -> int:
+    """Return the `stacklevel` at which a warning of this function's caller points out of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "minilm":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _with_prompt(prompt: str, text: Text) -> Text:

@@ -117,7 +117,8 @@ class MiniLM(nn.Module):
             if attentions:
                 patterns.append(self.attention_probabilities(layer, x, batch))
             x = layer(x, batch, self.backend)
-            states.append(x)
+            if hidden_states:
+                states.append(x)
         return MiniLMOutput(x, tuple(states) if hidden_states else None, tuple(patterns) if attentions else None)
 
     def attention_probabilities(self, layer: Layer, x: Tensor, batch: PackedBatch) -> list[Tensor]:

@@ -209,6 +209,10 @@ def test_one_warning_a_call(encoder):
     (warning,) = caught
     assert "3 texts were longer than 128 tokens and cut there (the longest has 303)" in str(warning.message)
     assert warning.filename == __file__
+    for encode in (encoder.encode_query, encoder.tokenize, lambda text: list(encoder.encode_stream(text))):
+        with pytest.warns(TruncationWarning) as caught:
+            encode([LONG])
+        assert [w.filename for w in caught] == [__file__]
 
 
 def test_ignore_and_error(encoder):

@@ -56,7 +56,7 @@ class PackedBatch:
             [p for length in lengths for p in range(length)],
             flat_types,
         )
-        ids, positions, types = torch.tensor(flat, dtype=torch.int64).to(device)
+        ids, positions, types = torch.tensor(flat, dtype=torch.int64, device="cpu").to(device or "cpu")
         return cls(ids, positions, types, _starts(lengths, device), lengths)
 
     @classmethod
@@ -137,4 +137,4 @@ class PackedBatch:
 
 def _starts(lengths: Sequence[int], device: torch.device | str | None) -> Tensor:
     """Cumulative lengths from 0 to T, int32 `[B + 1]`."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(device or "cpu")

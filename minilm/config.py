@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 POOLINGS = ("mean", "cls", "max", "mean_sqrt_len", "avg_top2", "avg_first_last")
 FIRST_HIDDEN_STATES = ("embeddings", "first_layer")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+ON_TRUNCATE = ("warn", "ignore", "error", "chunk")
 
 Config = TypeVar("Config", "MiniLMConfig", "EncodingConfig")
 
@@ -59,11 +61,14 @@ class MiniLMConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads must divide hidden_size, got {self.num_heads} heads for {self.hidden_size}")
-        if not self.layer_norm_eps > 0:
-            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps!r}")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in ("layer_norm_eps", "hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+        if self.layer_norm_eps == 0:
+            raise ValueError("layer_norm_eps must be positive, got 0")
+        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must be a row of the vocabulary, got {self.pad_token_id!r}")
 
     @property
     def head_size(self) -> int:
@@ -123,6 +128,29 @@ class EncodingConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""
         return {**asdict(self), "prompts": dict(self.prompts)}
+
+    def prompt(self, prompt: str | None = None, prompt_name: str | None = None) -> str:
+        """Return the text to put before each text: `prompt` if given, else that of the name, else the default's.
+
+        Raises:
+            TypeError: the prompt is not a string.
+            ValueError: there is no prompt of this name.
+        """
+        if prompt is not None:
+            if not isinstance(prompt, str):
+                raise TypeError(f"expected prompt to be a string, got {prompt!r}")
+            return prompt
+        name = self.default_prompt_name if prompt_name is None else prompt_name
+        if name is None or name in self.prompts:
+            return "" if name is None else self.prompts[name]
+        if name in ("query", "document"):  # known to every model in sentence-transformers, and empty by default
+            return ""
+        known = ", ".join(sorted({"query", "document", *self.prompts}))
+        raise ValueError(f"this model has no prompt named {name!r}; it has: {known}")
+
+    def known_prompt(self, *names: str) -> str | None:
+        """Return the first of these names that a prompt has."""
+        return next((name for name in names if name in self.prompts), None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncodingConfig:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -17,14 +18,12 @@ from torch import Tensor
 
 from minilm import threads
 from minilm.batch import PackedBatch
-from minilm.config import EncodingConfig
+from minilm.config import ON_TRUNCATE, PRECISIONS, EncodingConfig
 from minilm.model import MiniLM
 from minilm.progress import progress_bar
-from minilm.quantization import PRECISIONS
 from minilm.texts import Text
 from minilm.tokenizer import TokenizedText, Tokenizer
 
-ON_TRUNCATE = ("warn", "ignore", "error", "chunk")
 BLOCK_SIZE = 8_192  # texts tokenised, sorted by length and encoded together
 
 
@@ -56,7 +55,7 @@ class EncodeOptions:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
         for name in ("batch_size", "truncate_dim"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
@@ -96,7 +95,7 @@ class Embedder:
         order = [rows.setdefault(text, len(rows)) for text in texts]
         unique, copies = list(rows), Counter(order)
         first_seen = {row: index for index, row in reversed(list(enumerate(order, first_index)))}
-        vectors = torch.empty(len(unique), self.model.config.hidden_size, device=self.device)
+        vectors = self._empty(len(unique))
         with progress_bar(self.options.show_progress_bar, len(unique), "encode", "text") as advance:
             for start in range(0, len(unique), BLOCK_SIZE):
                 block = unique[start : start + BLOCK_SIZE]
@@ -157,11 +156,12 @@ class Embedder:
                 stacklevel=_level_outside(),
             )
 
-    def _block_vectors(self, fitted: list[list[TokenizedText]], advance: Callable[[float], object]) -> Tensor:
+    def _block_vectors(self, fitted: list[list[TokenizedText]], advance: Callable[[int], object]) -> Tensor:
         """Return the vectors of texts given as one or more pieces each: `[n, C]`, normalised if the model does."""
         pieces = [piece for text in fitted for piece in text]
-        pooled = torch.empty(len(pieces), self.model.config.hidden_size, device=self.device)
+        pooled = self._empty(len(pieces))
         first = 1 if self.encoding.first_hidden_state == "first_layer" else 0
+        one_piece_each = len(pieces) == len(fitted)
         averages_layers = self.encoding.pooling in ("avg_top2", "avg_first_last")
 
         def place(indices: list[int]) -> None:
@@ -169,11 +169,16 @@ class Embedder:
             output = self.model(batch, hidden_states=averages_layers)
             states = output.hidden_states or (output.last_hidden_state,)
             pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first).float()
-            advance(len(indices) * len(fitted) / len(pieces))
+            advance(len(indices) if one_piece_each else 0)
 
         self._for_each_batch(place, [len(piece) for piece in pieces])
-        vectors = pooled if len(pieces) == len(fitted) else _merge_windows(pooled, fitted)
+        vectors = pooled if one_piece_each else _merge_windows(pooled, fitted)
+        advance(0 if one_piece_each else len(fitted))
         return F.normalize(vectors, dim=-1) if self.encoding.normalize else vectors
+
+    def _empty(self, rows: int) -> Tensor:
+        """Make room for vectors: float32 `[rows, C]`."""
+        return torch.empty(rows, self.model.config.hidden_size, dtype=torch.float32, device=self.device)
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         """Keep the dimensions asked for, and scale to length 1 if asked to."""

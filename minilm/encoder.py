@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,17 +20,19 @@ from minilm import threads
 from minilm.batch import PackedBatch
 from minilm.config import MiniLMConfig
 from minilm.embed import Embedder, EncodeOptions
+from minilm.kernels.backend import make_backend
 from minilm.kernels.torch_backend import TorchBackend
 from minilm.model import MiniLM
-from minilm.quantization import quantize
-from minilm.similarities import SearchHit, Vectors, search, similarity, similarity_pairwise
-from minilm.texts import Texts, as_texts, check_text
+from minilm.progress import progress_bar
+from minilm.quantization import calibration_ranges, normalized_ranges, quantize
+from minilm.similarities import SearchHit, Vectors, are_vectors, search, similarity, similarity_pairwise
+from minilm.texts import Texts, as_texts, iter_texts
 from minilm.tokenizer import Tokenizer
 from minilm.weights.checkpoint import Checkpoint, fingerprint
-from minilm.weights.load import read_checkpoint
-from minilm.weights.sources import locate
+from minilm.weights.sources import read_model
 
 
+@threads.fork_safe
 def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
@@ -59,7 +61,7 @@ def load(
         WeightsError: they are there, and unusable.
         ValueError: a setting out of range.
     """
-    checkpoint = read_checkpoint(locate(name_or_path))
+    checkpoint = read_model(name_or_path)
     settings: dict[str, Any] = {
         "max_seq_length": max_seq_length,
         "pooling": pooling,
@@ -67,10 +69,11 @@ def load(
         "first_hidden_state": first_hidden_state,
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
-    calibration = checkpoint.calibration if chosen.keys() <= {"max_seq_length"} else None  # of other vectors
-    encoding = replace(checkpoint.encoding, **chosen)
-    encoder = SentenceEncoder(replace(checkpoint, encoding=encoding, calibration=calibration), backend)
+    encoder = SentenceEncoder(checkpoint.with_encoding(**chosen), backend)
     return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+
+
+_STREAM_OPTIONS = {field.name for field in fields(EncodeOptions)} | {"prompt_name"}
 
 
 class SentenceEncoder:
@@ -79,26 +82,27 @@ class SentenceEncoder:
     Safe to use from many threads at once, and in forked processes.
 
     Args:
-        checkpoint: weights, tokenizer and settings, as `minilm.weights.load.read_checkpoint` returns them.
+        checkpoint: weights, tokenizer and settings, as `minilm.weights.sources.read_model` returns them.
         backend: who computes the operations.
 
     Attributes:
         model: the `MiniLM`.
         tokenizer: the `Tokenizer`.
         encoding: pooling, normalisation, length limit and prompts; an `EncodingConfig`.
-        provenance: where the weights came from.
+        checkpoint: what it was made from, with the weights' provenance and golden results. The model takes over its
+            tensors: training changes them.
     """
 
     def __init__(self, checkpoint: Checkpoint, backend: str | type[TorchBackend] = "auto") -> None:
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the checkpoint
-            self.model = MiniLM(checkpoint.config, backend)
+            self.model = MiniLM(checkpoint.config)
+        self.model.backend = make_backend(backend, checkpoint.config)
         self.model.load_state_dict({k: v.float() for k, v in checkpoint.model_tensors.items()}, assign=True)
         self.model.requires_grad_(True).eval()
         self.tokenizer = Tokenizer(checkpoint.tokenizer_json)
+        self.checkpoint = checkpoint
         self.encoding = checkpoint.encoding
-        self.provenance = checkpoint.provenance
         self.max_seq_length = checkpoint.encoding.max_seq_length  # checked against the position table
-        self._checkpoint = checkpoint
 
     # Encoding.
 
@@ -169,7 +173,10 @@ class SentenceEncoder:
         )
         if device is not None:
             self.to(device)
+        self.model.eval()
         if output_value == "token_embeddings":
+            if precision != "float32" or normalize_embeddings or truncate_dim is not None:
+                raise ValueError("token embeddings come as they are: float32, whole and not normalised")
             rows: Any = threads.run(lambda: embedder.token_vectors(texts))
         else:
             rows = self._quantized(threads.run(lambda: embedder.vectors(texts)), embedder.options)
@@ -178,13 +185,18 @@ class SentenceEncoder:
         embedder.report_truncation()
         return rows[0] if single else rows
 
-    def encode_query(self, inputs: Texts | None = None, **options: Any) -> Any:
-        """`encode` with the model's prompt named `query`, if it has one."""
-        return self.encode(inputs, **self._with_prompt_name(options, "query"))
+    def encode_query(
+        self, inputs: Texts | None = None, prompt_name: str | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """`encode`, with the same arguments, and the model's prompt named `query` if it has one."""
+        return self.encode(inputs, prompt_name or self.encoding.known_prompt("query"), *rest, **options)
 
-    def encode_document(self, inputs: Texts | None = None, **options: Any) -> Any:
-        """`encode` with the model's prompt named `document`, `passage` or `corpus`, if it has one."""
-        return self.encode(inputs, **self._with_prompt_name(options, "document", "passage", "corpus"))
+    def encode_document(
+        self, inputs: Texts | None = None, prompt_name: str | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """`encode`, with the same arguments, and the model's prompt named `document`, `passage` or `corpus` if any."""
+        prompt_name = prompt_name or self.encoding.known_prompt("document", "passage", "corpus")
+        return self.encode(inputs, prompt_name, *rest, **options)
 
     def encode_stream(
         self, inputs: Iterable[str], *, block_size: int = 4_096, **options: Any
@@ -196,25 +208,42 @@ class SentenceEncoder:
             block_size: texts read ahead and encoded together.
             options: of `encode`: prompt, prompt_name, batch_size, show_progress_bar, precision, normalize_embeddings,
                 truncate_dim, on_truncate (a warning comes once, at the end) and deterministic.
+
+        Raises:
+            TypeError: at once, not an iterable of strings; in its turn, an element that is not a string.
+            ValueError: an option out of range; invalid Unicode; a text too long with `on_truncate="error"`.
         """
-        embedder = self._embedder(**options)
-        iterator, done = iter(inputs), 0
-        while block := list(islice(iterator, block_size)):
-            texts = [check_text(text, f"text {done + i}") for i, text in enumerate(block)]
-            vectors = threads.run(partial(embedder.vectors, texts, done))
-            yield from self._quantized(vectors, embedder.options).cpu().numpy()
-            done += len(block)
-        embedder.report_truncation()
+        if isinstance(inputs, str):
+            raise TypeError("expected an iterable of strings, got one string; encode is for a single text")
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if unknown := options.keys() - _STREAM_OPTIONS:
+            raise TypeError(f"encode_stream has no option {', '.join(sorted(unknown))}")
+        show_progress_bar = options.pop("show_progress_bar", None)
+        embedder, iterator = self._embedder(**options, show_progress_bar=False), iter_texts(inputs)
+        self.model.eval()
+
+        def vectors() -> Iterator[NDArray[Any]]:
+            done = 0
+            with progress_bar(show_progress_bar, None, "encode", "text") as advance:
+                while texts := list(islice(iterator, block_size)):
+                    rows = threads.run(partial(embedder.vectors, texts, done))
+                    yield from self._quantized(rows, embedder.options).cpu().numpy()
+                    done += len(texts)
+                    advance(len(texts))
+            embedder.report_truncation()
+
+        return vectors()
 
     # Comparing.
 
-    def similarity(self, a: Vectors, b: Vectors, metric: str | None = None) -> Tensor:
-        """Score all rows of a against all rows of b; see `minilm.similarities`. The model's own metric by default."""
-        return threads.run(lambda: similarity(a, b, metric or self.encoding.similarity))
+    def similarity(self, embeddings1: Vectors, embeddings2: Vectors, metric: str | None = None) -> Tensor:
+        """Score all rows of one against all of the other: `[n, m]`; the model's metric by default."""
+        return similarity(embeddings1, embeddings2, metric or self.encoding.similarity)
 
-    def similarity_pairwise(self, a: Vectors, b: Vectors, metric: str | None = None) -> Tensor:
-        """Score each row of a against the same row of b; see `minilm.similarities`."""
-        return threads.run(lambda: similarity_pairwise(a, b, metric or self.encoding.similarity))
+    def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors, metric: str | None = None) -> Tensor:
+        """Score each row of one against the same row of the other: `[n]`; the model's metric by default."""
+        return similarity_pairwise(embeddings1, embeddings2, metric or self.encoding.similarity)
 
     def search(
         self,
@@ -228,11 +257,11 @@ class SentenceEncoder:
 
         `options` are `encode`'s; for results and errors see `minilm.similarities.search`.
         """
-        if not _are_vectors(queries):
+        if not are_vectors(queries):
             queries = self.encode_query([queries] if isinstance(queries, str) else queries, **options)
-        if not _are_vectors(corpus):
+        if not are_vectors(corpus):
             corpus = self.encode_document([corpus] if isinstance(corpus, str) else corpus, **options)
-        return threads.run(lambda: search(queries, corpus, top_k, metric or self.encoding.similarity))
+        return search(queries, corpus, top_k, metric or self.encoding.similarity)
 
     # Tokens.
 
@@ -245,6 +274,9 @@ class SentenceEncoder:
         embedder = self._embedder(on_truncate=on_truncate)
         pieces = [embedder.fit(text, index)[0] for index, text in enumerate(as_texts(texts)[0])]
         embedder.report_truncation()
+        if not pieces:
+            empty = torch.zeros(0, 0, dtype=torch.int64)
+            return {"input_ids": empty, "token_type_ids": empty, "attention_mask": empty}
         batch = PackedBatch.from_sequences([p.ids for p in pieces], [p.type_ids for p in pieces])
         input_ids, mask = batch.pad(batch.ids, self.config.pad_token_id)
         return {"input_ids": input_ids, "token_type_ids": batch.pad(batch.type_ids)[0], "attention_mask": mask.long()}
@@ -273,7 +305,7 @@ class SentenceEncoder:
 
     @max_seq_length.setter
     def max_seq_length(self, limit: int) -> None:
-        encoding = replace(self.encoding, max_seq_length=limit)
+        encoding = replace(self.encoding, max_seq_length=operator.index(limit))
         if limit > self.config.max_positions:
             raise ValueError(f"max_seq_length must be at most {self.config.max_positions} for this model, got {limit}")
         self.encoding = encoding
@@ -284,19 +316,27 @@ class SentenceEncoder:
 
     get_sentence_embedding_dimension = get_embedding_dimension
 
+    @threads.fork_safe
     def to(self, device: str | torch.device, dtype: str | torch.dtype | None = None) -> SentenceEncoder:
         """Move the model to a device, and to a dtype to compute in; returns the encoder.
 
         Raises:
-            TypeError: several devices. ValueError: an unknown dtype.
+            TypeError: several devices.
+            ValueError: a device that is not there, or a dtype that is no floating point type.
         """
         if not isinstance(device, str | torch.device):
             raise TypeError(f"expected one device, such as 'cpu' or 'cuda:0', got {device!r}")
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype, None)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError("dtype must be a floating point type, such as 'float32', 'float16' or 'bfloat16'")
-        self.model.to(device, dtype)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"device {str(device)!r} can't be used here; 'cpu' always can. Torch says: {reason}"
+            ) from None
+        chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+            raise ValueError(f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}")
+        self.model.to(device, chosen)
         return self
 
     # Keeping.
@@ -308,55 +348,44 @@ class SentenceEncoder:
         The mean, less and plus five standard deviations, over this package's calibration sentences. Kept with the
         weights by `minilm weights convert`, else computed on first use.
         """
-        stored = self._checkpoint.calibration
-        return stored if stored is not None else self._calibrate()
+        if self.checkpoint.calibration is not None:
+            return self.checkpoint.calibration
+        sentences = (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
+        embedder = self._embedder(prompt="", show_progress_bar=False, on_truncate="ignore", deterministic=True)
+        vectors = threads.run(lambda: embedder.vectors(sentences))
+        return torch.from_numpy(calibration_ranges(vectors.cpu().numpy()))
 
+    @threads.fork_safe
     def to_checkpoint(self) -> Checkpoint:
-        """Return weights, tokenizer and settings as they are now, to save, export or fingerprint."""
-        tensors = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
-        return replace(
-            self._checkpoint,
-            tensors={**self._checkpoint.tensors, **tensors},
-            encoding=self.encoding,
-        )
+        """Return weights (in float32), tokenizer and settings as they are now, to save, export or fingerprint.
 
+        Golden results and calibration are left out if they belong to another state than this.
+        """
+        tensors = {name: tensor.detach().float().cpu() for name, tensor in self.model.state_dict().items()}
+        tensors = {**self.checkpoint.tensors, **tensors}
+        now = replace(self.checkpoint, tensors=tensors, encoding=self.encoding)
+        if fingerprint(now) == self.checkpoint.stored_fingerprint:
+            return now
+        return replace(now, golden=None, calibration=None, stored_fingerprint=None)
+
+    @threads.fork_safe
     def fingerprint(self) -> str:
         """Return a sha256 over tensors, tokenizer and pooling settings: equal fingerprints give equal vectors."""
         return fingerprint(self.to_checkpoint())
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `minilm.load` reads."""
-        self.to_checkpoint().save(Path(folder))
+    @threads.fork_safe
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a folder that `minilm.load` reads, and return it."""
+        return self.to_checkpoint().save(folder)
 
     # Inner steps.
 
     def _embedder(self, prompt: str | None = None, prompt_name: str | None = None, **options: Any) -> Embedder:
         """Check a call's options and put them together with the model."""
-        if self.model.training:
-            self.model.eval()
-        chosen = EncodeOptions(prompt=self._prompt(prompt, prompt_name), **options)
+        chosen = EncodeOptions(prompt=self.encoding.prompt(prompt, prompt_name), **options)
         if chosen.truncate_dim is not None and chosen.truncate_dim > self.config.hidden_size:
             raise ValueError(f"truncate_dim must be at most {self.config.hidden_size}, got {chosen.truncate_dim}")
         return Embedder(self.model, self.tokenizer, self.encoding, chosen)
-
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        """Return the text to put before each text."""
-        if prompt is not None:
-            return check_text(prompt, "prompt")
-        name = prompt_name if prompt_name is not None else self.encoding.default_prompt_name
-        if name is None:
-            return ""
-        if name not in self.encoding.prompts:
-            known = ", ".join(sorted(self.encoding.prompts)) or "none"
-            raise ValueError(f"this model has no prompt named {name!r}; it has: {known}")
-        return self.encoding.prompts[name]
-
-    def _with_prompt_name(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
-        """Choose the first prompt of these names that the model has, unless the caller chose one."""
-        known = [name for name in names if name in self.encoding.prompts]
-        if known and options.get("prompt") is None and options.get("prompt_name") is None:
-            return {**options, "prompt_name": known[0]}
-        return options
 
     def _quantized(self, vectors: Tensor, options: EncodeOptions) -> Tensor:
         """Bring vectors to the precision asked for."""
@@ -364,25 +393,7 @@ class SentenceEncoder:
             return vectors
         ranges = None
         if options.precision in ("int8", "uint8"):
-            rescaled = options.normalize_embeddings and (options.truncate_dim or not self.encoding.normalize)
-            ranges = self._calibrate(options) if rescaled else self.calibration
-        quantized = quantize(vectors.cpu().numpy(), options.precision, None if ranges is None else ranges.numpy())
-        return torch.from_numpy(quantized).to(vectors.device)
-
-    def _calibrate(self, options: EncodeOptions | None = None) -> Tensor:
-        """Encode the calibration sentences, and return the bounds of each dimension: `[2, C]`."""
-        sentences = (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
-        chosen = replace(options or EncodeOptions(), show_progress_bar=False, on_truncate="ignore", deterministic=True)
-        embedder = Embedder(self.model, self.tokenizer, self.encoding, chosen)
-        vectors = threads.run(lambda: embedder.vectors(sentences)).cpu().numpy()
-        mean, spread = vectors.mean(axis=0), 5 * vectors.std(axis=0)
-        return torch.from_numpy(np.stack([mean - spread, mean + spread]))
-
-
-def _are_vectors(inputs: Any) -> bool:
-    """Tell vectors (tensors, numeric arrays, lists of them) from texts."""
-    if isinstance(inputs, list | tuple) and inputs:
-        inputs = inputs[0]
-        if isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], int | float):
-            return True
-    return isinstance(inputs, Tensor | float) or getattr(getattr(inputs, "dtype", None), "kind", "O") in "fiu"
+            ranges = self.calibration.numpy()
+            if options.normalize_embeddings and (options.truncate_dim or not self.encoding.normalize):
+                ranges = normalized_ranges(ranges, vectors.shape[1])
+        return torch.from_numpy(quantize(vectors.cpu().numpy(), options.precision, ranges)).to(vectors.device)

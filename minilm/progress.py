@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def progress_bar(
     show: bool | None, total: int | None, description: str, unit: str
-) -> Iterator[Callable[[float], object]]:
+) -> Iterator[Callable[[int], object]]:
     """Give a function that moves a bar on by so many units.
 
     Args:

@@ -10,7 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+from minilm.config import PRECISIONS
+
+SPREAD = 5  # standard deviations on either side of the mean; of real sentences' values 0.003% lie beyond
+
+
+def calibration_ranges(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the bounds of each dimension, mean ± 5 standard deviations: `[n, C]` -> `[2, C]`."""
+    mean, spread = embeddings.mean(axis=0), SPREAD * embeddings.std(axis=0)
+    return np.stack([mean - spread, mean + spread])
+
+
+def normalized_ranges(ranges: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """Return the bounds for the first dimensions scaled to length 1: `[2, C]` -> `[2, dimensions]`.
+
+    The expected squared length of what is kept is the sum of mean² + variance over its dimensions.
+    """
+    kept = ranges[:, :dimensions]
+    mean, deviation = kept.mean(axis=0), (kept[1] - kept[0]) / (2 * SPREAD)
+    return kept / np.sqrt((mean**2 + deviation**2).sum())
 
 
 def quantize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from minilm.config import SIMILARITIES
+from minilm.threads import fork_safe
 
 Vectors = Tensor | ArrayLike | list[Tensor]
 
@@ -27,6 +28,7 @@ _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "euclidean": lambda a, b: -(a - b).norm(dim=-1),
     "manhattan": lambda a, b: -(a - b).abs().sum(dim=-1),
 }
+_QUERY_BLOCK = 64  # queries scored at a time
 
 
 class SearchHit(TypedDict):
@@ -36,6 +38,7 @@ class SearchHit(TypedDict):
     score: float
 
 
+@fork_safe
 def similarity(a: Vectors, b: Vectors, metric: str = "cosine") -> Tensor:
     """Score every vector of a against every vector of b: `[n, C]` and `[m, C]` -> `[n, m]`.
 
@@ -52,25 +55,29 @@ def similarity(a: Vectors, b: Vectors, metric: str = "cosine") -> Tensor:
     return _ALL_PAIRS[metric](a, b.to(a))
 
 
+@fork_safe
 def similarity_pairwise(a: Vectors, b: Vectors, metric: str = "cosine") -> Tensor:
-    """Score each vector of a against the same row of b: `[n, C]` and `[n, C]` -> `[n]`; see `similarity`.
+    """Score each vector of a against the same row of b: `[n, C]` and `[n, C]` -> `[n]`; of two vectors, a scalar.
 
     Raises:
         ValueError: an unknown metric, or shapes that differ.
     """
+    single = np.ndim(a) == np.ndim(b) == 1
     a, b = _matrix(a, "a"), _matrix(b, "b")
     _check(a, b, metric)
     if a.shape != b.shape:
         raise ValueError(f"expected as many rows in a as in b, got {list(a.shape)} and {list(b.shape)}")
-    return _PAIRWISE[metric](a, b.to(a))
+    scores = _PAIRWISE[metric](a, b.to(a))
+    return scores[0] if single else scores
 
 
+@fork_safe
 def search(
     queries: Vectors, corpus: Vectors, top_k: int = 10, metric: str = "cosine", block_size: int = 65_536
 ) -> list[list[SearchHit]]:
     """Find the `top_k` most similar rows of the corpus for each query, exactly.
 
-    The corpus is scored block by block, and queries likewise, so that memory stays bounded whatever their number.
+    The corpus is scored block by block, for a few queries at a time, so that memory stays bounded.
 
     Args:
         queries: `[n, C]`, or one vector `[C]`.
@@ -90,36 +97,61 @@ def search(
     for name, value in (("top_k", top_k), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    return [hits for rows in queries.split(1_024) for hits in _search_block(rows, corpus, top_k, metric, block_size)]
-
-
-def _search_block(queries: Tensor, corpus: Tensor, top_k: int, metric: str, block_size: int) -> list[list[SearchHit]]:
-    """Search a few queries through the whole corpus, keeping the best so far."""
-    scores = queries.new_empty(len(queries), 0)
-    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    none = queries.new_empty(len(queries), 0)
+    best = [(rows, rows.long()) for rows in none.split(_QUERY_BLOCK)]  # scores and corpus rows of a few queries each
     for start in range(0, len(corpus), block_size):
-        block = _ALL_PAIRS[metric](queries, corpus[start : start + block_size].to(queries))
-        block_ids = torch.arange(start, start + block.shape[1], device=ids.device).expand_as(block)
-        scores, ids = torch.cat([scores, block], dim=1), torch.cat([ids, block_ids], dim=1)
-        order = scores.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-        scores, ids = scores.gather(1, order), ids.gather(1, order)
+        block = corpus[start : start + block_size].to(queries)
+        for index, rows in enumerate(queries.split(_QUERY_BLOCK)):
+            scores, columns = _top(_ALL_PAIRS[metric](rows, block), top_k)
+            scores, ids = (
+                torch.cat([best[index][0], scores], dim=1),
+                torch.cat([best[index][1], columns + start], dim=1),
+            )
+            scores, order = _top(scores, top_k)
+            best[index] = scores, ids.gather(1, order)
     return [
         [SearchHit(corpus_id=i, score=s) for i, s in zip(row_ids, row_scores, strict=True)]
+        for scores, ids in best
         for row_ids, row_scores in zip(ids.tolist(), scores.tolist(), strict=True)
     ]
 
 
+def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return each row's best scores and their columns, of equal ones the lower first: `[n, m]` -> two of `[n, k]`."""
+    count = min(count, scores.shape[1])
+    values, columns = scores.topk(count, dim=1)
+    least = values[:, -1:]
+    cut = (scores == least).sum(dim=1) > (values == least).sum(dim=1)  # equal scores fall on both sides of the end
+    columns[cut] = scores[cut].argsort(dim=1, descending=True, stable=True)[:, :count]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def are_vectors(inputs: Any) -> bool:
+    """Tell vectors (tensors, numeric arrays, lists of them) from texts."""
+    if isinstance(inputs, list | tuple) and inputs:
+        inputs = inputs[0]
+        if isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], int | float):
+            return True
+    return isinstance(inputs, Tensor | float) or getattr(getattr(inputs, "dtype", None), "kind", "O") in "fiu"
+
+
 def _matrix(vectors: Vectors, name: str) -> Tensor:
-    """Return vectors as a float tensor `[n, C]`."""
+    """Return vectors as a matrix `[n, C]`, in float32 unless they are float64 arrays or tensors."""
     if not isinstance(vectors, Tensor):
-        if isinstance(vectors, list):
-            vectors = [row.cpu() if isinstance(row, Tensor) else row for row in vectors]
-        vectors = torch.from_numpy(np.asarray(vectors))
+        is_list = isinstance(vectors, list | tuple)
+        rows = [row.cpu() if isinstance(row, Tensor) else row for row in vectors] if is_list else vectors
+        array = np.asarray(rows)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"expected {name} to be vectors of numbers, got {type(vectors).__name__} of {array.dtype}")
+        vectors = torch.from_numpy(array)
+        vectors = vectors.float() if is_list else vectors
     if vectors.dim() == 1:
         vectors = vectors.unsqueeze(0)
     if vectors.dim() != 2:
         raise ValueError(f"expected {name} to be vectors [n, C] or one vector [C], got shape {list(vectors.shape)}")
-    return vectors if vectors.is_floating_point() else vectors.float()
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def _check(a: Tensor, b: Tensor, metric: str) -> None:

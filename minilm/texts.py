@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 Text = str | tuple[str, str]  # a text, or a pair of them
@@ -22,13 +22,26 @@ def as_texts(inputs: Any, *, text_pairs: bool = False) -> tuple[list[Text], bool
     """
     if isinstance(inputs, str):
         return [check_text(inputs, "the text")], True
-    if isinstance(inputs, bytes | bytearray | Mapping) or not isinstance(inputs, Iterable):
-        raise TypeError(f"expected a string or an iterable of strings, got {_describe(inputs)}")
+    return list(iter_texts(inputs, text_pairs=text_pairs)), False
+
+
+def iter_texts(inputs: Any, *, text_pairs: bool = False) -> Iterator[Any]:
+    """Check one by one the texts of any iterable but a string, as they are asked for; see `as_texts`.
+
+    Raises:
+        TypeError: at once, not an iterable; in its turn, an element that is not a string.
+        ValueError: in its turn, an element that is not valid Unicode.
+    """
+    refusal = TypeError(f"expected a string or an iterable of strings, got {_describe(inputs)}")
+    if isinstance(inputs, bytes | bytearray | Mapping):
+        raise refusal
+    if getattr(inputs, "ndim", 1) != 1:  # a table iterates over its column names, an array over its rows
+        raise TypeError(f"expected one column of strings, got {type(inputs).__name__} of {inputs.ndim} dimensions")
     try:
-        items = list(inputs)
-    except TypeError as error:  # a numpy array of no dimensions says it is iterable
-        raise TypeError(f"expected a string or an iterable of strings, got {_describe(inputs)}") from error
-    return [_check_item(item, f"text {index}", text_pairs) for index, item in enumerate(items)], False
+        iterator = iter(inputs)
+    except TypeError:
+        raise refusal from None
+    return (_check_item(item, f"text {index}", text_pairs) for index, item in enumerate(iterator))
 
 
 def check_text(text: Any, what: str) -> str:
@@ -67,7 +80,7 @@ def _describe(value: Any) -> str:
 
 def _remedy(value: Any) -> str:
     """Return what to do about a value that is not a string."""
-    if value is None or (isinstance(value, float) and value != value):
+    if value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value):
         return "; drop missing values or replace them with an empty string first (pandas: series.fillna(''))"
     if isinstance(value, bytes | bytearray):
         return "; decode it first, for example value.decode('utf-8')"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from functools import wraps
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _inherited = threading.local()
@@ -40,6 +42,16 @@ def run(function: Callable[[], Result]) -> Result:
     with _thread_count_lock:  # take up torch's thread count now, not while workers below are being started
         torch.get_num_threads()
     return function()
+
+
+def fork_safe(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make a function that computes with torch usable in a forked child, through `run`."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return run(lambda: function(*args, **kwargs))
+
+    return call
 
 
 def map_single_threaded(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

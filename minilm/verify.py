@@ -54,7 +54,7 @@ class VerifyReport:
 
 def verify(encoder: SentenceEncoder) -> VerifyReport:
     """Compare a model, as `minilm.load` returned it, with the fingerprint and golden results kept with it."""
-    checkpoint = encoder.to_checkpoint()
+    checkpoint = encoder.checkpoint
     actual = encoder.fingerprint()
     checks = []
     if checkpoint.stored_fingerprint is not None:

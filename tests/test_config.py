@@ -16,7 +16,9 @@ from minilm.config import EncodingConfig, MiniLMConfig
         ({"vocab_size": True}, "vocab_size must be a positive integer"),
         ({"num_heads": 5}, "num_heads must divide hidden_size, got 5 heads for 384"),
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive"),
-        ({"hidden_dropout": 1.0}, r"hidden_dropout must be in \[0, 1\)"),
+        ({"layer_norm_eps": "1e-12"}, r"layer_norm_eps must be a number in \[0, 1\), got '1e-12'"),
+        ({"pad_token_id": -1}, "pad_token_id must be a row of the vocabulary, got -1"),
+        ({"hidden_dropout": 1.0}, r"hidden_dropout must be a number in \[0, 1\)"),
     ],
 )
 def test_model_sizes_out_of_range(change, message):

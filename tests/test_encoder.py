@@ -1,9 +1,6 @@
 """`SentenceEncoder`: forms in and out, options, cut texts, and a vector that depends on its text alone."""
 
-import asyncio
 import json
-import random
-import threading
 import warnings
 from pathlib import Path
 
@@ -14,6 +11,8 @@ import torch
 
 import minilm
 from minilm.embed import TruncationWarning, plan_batches
+from minilm.kernels.torch_backend import TorchBackend
+from minilm.verify import verify
 
 ODD_TEXTS = list(json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8")).values())
 LONG = "one two three " * 100  # 302 tokens
@@ -88,7 +87,8 @@ def test_equal_texts_are_computed_once(encoder, monkeypatch):
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"truncate_dim": 385}, "truncate_dim must be at most 384, got 385"),
         ({"truncate_dim": 0}, "truncate_dim must be a positive integer"),
-        ({"prompt_name": "query"}, "no prompt named 'query'; it has: none"),
+        ({"prompt_name": "title"}, "no prompt named 'title'; it has: document, query"),
+        ({"output_value": "token_embeddings", "truncate_dim": 8}, "token embeddings come as they are"),
         ({"output_value": "logits"}, "output_value must be sentence_embedding or token_embeddings"),
         ({"on_truncate": "drop"}, "on_truncate must be one of warn, ignore, error, chunk"),
         ({"output_value": "token_embeddings", "on_truncate": "chunk"}, "token embeddings can't be had"),
@@ -116,88 +116,6 @@ def test_a_megabyte_of_text(encoder):
     with pytest.warns(TruncationWarning, match="the longest has 200002"):
         vector = encoder.encode("word " * 200_000)
     np.testing.assert_allclose(vector, encoder.encode("word " * 126), atol=1e-6)
-
-
-# A vector depends on its text alone.
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 32, 1_000])
-def test_packing_changes_nothing(encoder, texts, batch_size):
-    alone = np.stack([encoder.encode(text, on_truncate="ignore") for text in texts + ODD_TEXTS])
-    shuffled = list(range(len(alone)))
-    random.Random(batch_size).shuffle(shuffled)
-    rows = encoder.encode([(texts + ODD_TEXTS)[i] for i in shuffled], batch_size=batch_size, on_truncate="ignore")
-    assert np.abs(rows - alone[shuffled]).max() <= 1e-6
-
-
-def test_the_same_input_twice_is_equal_to_the_bit(encoder, texts):
-    assert np.array_equal(encoder.encode(texts), encoder.encode(texts))
-
-
-@pytest.mark.parametrize("thread_count", [1, 2, 3, 8])
-def test_deterministic_vectors_are_equal_to_the_bit(encoder, texts, thread_count):
-    everything = texts + ODD_TEXTS
-    expected = {text: encoder.encode(text, deterministic=True, on_truncate="ignore") for text in everything}
-    before = torch.get_num_threads()
-    torch.set_num_threads(thread_count)
-    try:
-        for batch_size in (1, 7, 32):
-            random.Random(batch_size).shuffle(everything)
-            some = everything[: 5 * batch_size]
-            options = {"batch_size": batch_size, "deterministic": True, "on_truncate": "ignore"}
-            for text, row in zip(some, encoder.encode(some, **options), strict=True):
-                assert row.tobytes() == expected[text].tobytes()
-        assert torch.get_num_threads() == thread_count
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_eight_threads_at_once(encoder, texts):
-    expected = [encoder.encode(texts[i : i + 3]) for i in range(8)]
-    results = [[] for _ in range(8)]
-
-    def work(i):
-        for round_ in range(4):
-            results[i].append(encoder.encode(texts[i : i + 3]))
-            results[i].append(encoder.encode(texts[i : i + 3], deterministic=round_ % 2 == 0))
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    deterministic = [encoder.encode(texts[i : i + 3], deterministic=True) for i in range(8)]
-    for i, rows in enumerate(results):
-        assert len(rows) == 8
-        for index, row in enumerate(rows):
-            assert np.array_equal(row, (deterministic if index % 4 == 1 else expected)[i])
-
-
-def test_under_asyncio(encoder, texts):
-    async def gather():
-        return await asyncio.gather(*(asyncio.to_thread(encoder.encode, text) for text in texts[:6]))
-
-    for text, vector in zip(texts, asyncio.run(gather()), strict=False):
-        assert np.array_equal(vector, encoder.encode(text))
-
-
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"precision": "int8"}], ids=str)
-def test_the_process_is_left_as_it_was(own_encoder, texts, options):
-    import os
-
-    def state():
-        return dict(os.environ), torch.get_num_threads(), torch.get_rng_state().tolist(), random.getstate()
-
-    before, numpy_before = state(), np.random.get_state()[1].tolist()
-    own_encoder.encode(texts, **options)
-    assert state() == before
-    assert np.random.get_state()[1].tolist() == numpy_before
-
-
-def test_loading_leaves_the_random_state(canonical_folder):
-    before = torch.get_rng_state()
-    minilm.load(canonical_folder, device="cpu")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # Texts that are too long.
@@ -284,12 +202,93 @@ def test_stream_equals_encode(encoder, texts):
     np.testing.assert_allclose(rows, encoder.encode(texts * 3), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "options", "error", "message"),
+    [
+        ("abc", {}, TypeError, "expected an iterable of strings, got one string"),
+        (None, {}, TypeError, "got NoneType"),
+        ({"text": 1}, {}, TypeError, "got dict"),
+        (["a"], {"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
+        (["a"], {"precision": "int4"}, ValueError, "precision must be one of"),
+        (["a"], {"convert_to_tensor": True}, TypeError, "encode_stream has no option convert_to_tensor"),
+    ],
+)
+def test_stream_refuses_at_once(encoder, inputs, options, error, message):
+    with pytest.raises(error, match=message):
+        encoder.encode_stream(inputs, **options)
+
+
 def test_stream_names_a_bad_text_and_warns_once(encoder):
     with pytest.raises(TypeError, match="expected text 3 to be a string, got NoneType"):
         list(encoder.encode_stream(["a", "b", "c", None], block_size=2))
     with pytest.warns(TruncationWarning, match="2 texts were") as caught:
         assert len(list(encoder.encode_stream([LONG, "a", LONG + "b"], block_size=1))) == 3
     assert len(caught) == 1
+
+
+def test_blocks_of_texts_come_back_in_order(encoder, texts, monkeypatch):
+    expected = encoder.encode(texts)
+    monkeypatch.setattr("minilm.embed.BLOCK_SIZE", 5)
+    np.testing.assert_allclose(encoder.encode(texts), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="text 24 has 302 tokens"):
+        encoder.encode([*texts, LONG], on_truncate="error")
+
+
+def test_a_batch_keeps_to_its_token_budget(encoder, texts, monkeypatch):
+    seen = []
+    forward = type(encoder.model).forward
+    monkeypatch.setattr(
+        type(encoder.model), "forward", lambda *a, **k: seen.append(a[1].num_tokens) or forward(*a, **k)
+    )
+    encoder.encode(texts * 20 + [LONG], batch_size=1, on_truncate="ignore")
+    assert max(seen) == 128
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    ("show", "level", "drawn"), [(True, 30, True), (False, 10, False), (None, 20, True), (None, 30, False)]
+)
+def test_progress_bar(encoder, texts, caplog, capsys, show, level, drawn):
+    with caplog.at_level(level, logger="minilm"):
+        encoder.encode(texts, show_progress_bar=show)
+        assert ("24/24" in capsys.readouterr().err) == drawn
+        list(encoder.encode_stream(texts, show_progress_bar=show, block_size=7))
+        assert ("24text" in capsys.readouterr().err) == drawn
+
+
+def test_queries_and_documents_take_encodes_arguments(encoder, texts):
+    for encode in (encoder.encode_query, encoder.encode_document):
+        np.testing.assert_array_equal(encode(texts, None, "p: ", 8), encoder.encode(texts, None, "p: ", 8))
+        np.testing.assert_array_equal(encode(texts, prompt_name="query"), encoder.encode(texts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_the_default_dtype_changes_nothing(encoder, texts, dtype):
+    expected = encoder.encode(texts)
+    torch.set_default_dtype(dtype)
+    try:
+        assert np.array_equal(encoder.encode(texts), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_an_error_in_the_callers_generator_comes_out(encoder):
+    def source():
+        yield "a"
+        raise TypeError("boom")
+
+    with pytest.raises(TypeError, match=r"^boom$"):
+        encoder.encode(source())
+
+
+def test_padded_or_packed(encoder, texts):
+    """Vectors pooled from a padded batch that someone brings equal `encode`'s."""
+    tokens = encoder.tokenize(texts)
+    batch = minilm.PackedBatch.from_padded(tokens["input_ids"], tokens["attention_mask"])
+    with torch.inference_mode():
+        states = encoder.model(batch, hidden_states=True).hidden_states
+        rows = torch.nn.functional.normalize(encoder.model.backend.pool(states, batch, "mean"), dim=-1)
+    assert np.abs(rows.numpy() - encoder.encode(texts)).max() <= 1e-6
 
 
 def test_search_finds_the_nearest(encoder):
@@ -299,6 +298,8 @@ def test_search_finds_the_nearest(encoder):
     vectors = encoder.encode(corpus)
     assert encoder.search("puppies in winter", vectors)[0][0]["corpus_id"] == 2
     assert encoder.search(vectors, vectors, top_k=1, metric="dot")[1][0]["corpus_id"] == 1
+    scores = [hit["score"] for hit in encoder.search(vectors[0], vectors)[0]]
+    np.testing.assert_allclose(scores, np.sort(vectors @ vectors[0])[::-1], atol=1e-6)  # by cosine, the model's metric
 
 
 def test_similarity_uses_the_models_metric(encoder, texts):
@@ -312,6 +313,7 @@ def test_tokenize(encoder):
     assert tokens["input_ids"].tolist() == [[101, 7592, 2088, 102], [101, 7632, 102, 0]]
     assert tokens["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert tokens["token_type_ids"].dtype == torch.int64
+    assert encoder.tokenize([])["input_ids"].shape == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -325,8 +327,12 @@ def test_other_dtypes_stay_close(canonical_folder, encoder, texts, dtype):
 def test_devices_and_dtypes_that_are_none(own_encoder):
     with pytest.raises(TypeError, match="expected one device"):
         own_encoder.encode("x", device=["cpu", "cpu"])
-    with pytest.raises(ValueError, match="dtype must be a floating point type"):
-        own_encoder.to("cpu", "int8")
+    for dtype in ("int8", "float99"):
+        with pytest.raises(ValueError, match=f"dtype must be a floating point type.* got '{dtype}'"):
+            own_encoder.to("cpu", dtype)
+    for device in ("toaster", "cpu,cpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}' can't be used here"):
+            own_encoder.to(device)
     assert own_encoder.encode("x", device="cpu").shape == (384,)
 
 
@@ -345,6 +351,33 @@ def test_fingerprint_sees_weights_and_settings(own_encoder, encoder):
     with torch.no_grad():
         own_encoder.model.layers[3].feed_forward.output.bias[7] += 1e-3
     assert own_encoder.fingerprint() != original
+
+
+@pytest.mark.parametrize("change", ["weights", "pooling", "nothing"])
+def test_saving_a_changed_model_drops_the_results_of_the_old_one(canonical_folder, tmp_path, change):
+    encoder = minilm.load(canonical_folder, device="cpu", pooling="cls" if change == "pooling" else None)
+    if change == "weights":
+        with torch.no_grad():
+            encoder.model.embeddings.word.weight *= 1.01
+    saved = minilm.load(encoder.save(tmp_path / "changed"), device="cpu")
+    assert verify(saved).ok
+    assert (saved.checkpoint.golden is None) == (change != "nothing")
+    assert (saved.checkpoint.calibration is None) == (change != "nothing")
+
+
+def test_a_backend_is_made_on_a_real_device(canonical_folder):
+    class Keeper(TorchBackend):
+        def __init__(self, config):
+            super().__init__(config)
+            self.ones = torch.ones(3)
+
+    assert minilm.load(canonical_folder, device="cpu", backend=Keeper).model.backend.ones.sum() == 3
+
+
+def test_tokenizing_leaves_training_mode(own_encoder):
+    own_encoder.model.train()
+    own_encoder.tokenize(["x"])
+    assert own_encoder.model.training
 
 
 def test_a_model_in_training_encodes_without_dropout(own_encoder):

@@ -15,9 +15,16 @@ from sentence_transformers import SentenceTransformer
 
 import minilm
 from minilm import PackedBatch
+from minilm.config import POOLINGS
 
 ODD_TEXTS = list(json.loads((Path(__file__).parent / "texts.json").read_text(encoding="utf-8")).values())
 HIDDEN_LIMIT, VECTOR_LIMIT = 5e-6, 1e-6
+
+
+def assert_within(difference, limit, what):
+    """Print the figure (`pytest -rP` shows it) and hold it to its limit."""
+    print(f"{what}: {difference:.1e} (limit {limit:.0e})")
+    assert difference <= limit
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def test_hidden_states_equal_transformers(encoder, load_bert, texts):
             theirs = bert(torch.tensor([ids]), output_hidden_states=True).hidden_states
         pairs = zip(ours, theirs, strict=True)
         largest = [max(old, (a - b[0]).abs().max().item()) for old, (a, b) in zip(largest, pairs, strict=True)]
-    assert max(largest) <= HIDDEN_LIMIT, largest
+    assert_within(max(largest), HIDDEN_LIMIT, "hidden states, sequence by sequence, against transformers")
 
 
 @pytest.mark.parametrize("index", range(7))
@@ -79,15 +86,34 @@ def test_packed_hidden_states_equal_padded_transformers(compared, index):
     from itself, padded against alone, by 8e-6.
     """
     _, ours, theirs, mask = compared
-    assert relative_difference(ours.hidden_states[index], theirs.hidden_states[index][mask]) <= HIDDEN_LIMIT
+    difference = relative_difference(ours.hidden_states[index], theirs.hidden_states[index][mask])
+    assert_within(difference, HIDDEN_LIMIT, f"hidden state {index}, packed against padded transformers, relative")
+
+
+def test_the_reference_differs_from_itself(bert, compared):
+    """Why the limit above is relative: padded against alone, the reference itself was off by 7.6e-6 where measured."""
+    batch, _, theirs, mask = compared
+    largest = 0.0
+    with torch.inference_mode():
+        alone = [
+            bert(batch.sequence(batch.ids, i)[None], output_hidden_states=True).hidden_states
+            for i in range(batch.num_sequences)
+        ]
+    for index in range(7):
+        own = torch.cat([states[index][0] for states in alone])
+        assert relative_difference(own, theirs.hidden_states[index][mask]) <= HIDDEN_LIMIT
+        largest = max(largest, (own - theirs.hidden_states[index][mask]).abs().max())
+    print(f"transformers against itself, padded and alone: {largest:.1e}")
+    assert largest > 1e-6  # else the limit above could be absolute
 
 
 def test_hidden_states_equal_the_float64_run(exact, compared):
     batch, ours, _, _ = compared
     with torch.inference_mode():
         states = exact.model(batch, hidden_states=True).hidden_states
-    for actual, expected in zip(ours.hidden_states, states, strict=True):
-        assert relative_difference(actual.double(), expected) <= HIDDEN_LIMIT
+    pairs = zip(ours.hidden_states, states, strict=True)
+    largest = max(relative_difference(actual.double(), expected) for actual, expected in pairs)
+    assert_within(largest, HIDDEN_LIMIT, "hidden states against float64, relative")
 
 
 def relative_difference(actual, expected):
@@ -98,18 +124,20 @@ def relative_difference(actual, expected):
 @pytest.mark.parametrize("layer", range(6))
 def test_attention_probabilities_equal_transformers(compared, layer):
     batch, ours, theirs, _ = compared
+    largest = 0.0
     for index, length in enumerate(batch.lengths):
         expected = theirs.attentions[layer][index, :, :length, :length]
         actual = ours.attentions[layer][index]
         assert actual.shape == (12, length, length)
-        assert (actual - expected).abs().max() <= HIDDEN_LIMIT
+        largest = max(largest, (actual - expected).abs().max())
         torch.testing.assert_close(actual.sum(dim=-1), torch.ones(12, length), atol=1e-5, rtol=0)
+    assert_within(largest, HIDDEN_LIMIT, f"attention probabilities of layer {layer} against transformers")
 
 
 def test_vectors_equal_the_float64_run(encoder, exact, texts):
     assert exact.model.layers[0].attention.qkv.weight.dtype == torch.float64  # throughout; only the result is rounded
     difference = encoder.encode(texts, on_truncate="ignore") - exact.encode(texts, on_truncate="ignore")
-    assert np.abs(difference).max() <= VECTOR_LIMIT
+    assert_within(np.abs(difference).max(), VECTOR_LIMIT, "vectors against float64")
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +150,16 @@ def sentence_transformer(weights_folder):
 def test_vectors_equal_sentence_transformers(encoder, sentence_transformer, own_sentences):
     texts = ODD_TEXTS + own_sentences
     expected = sentence_transformer.encode(texts)
-    assert np.abs(encoder.encode(texts, on_truncate="ignore") - expected).max() <= VECTOR_LIMIT
+    largest = np.abs(encoder.encode(texts, on_truncate="ignore") - expected).max()
+    assert_within(largest, VECTOR_LIMIT, f"vectors of {len(set(texts))} texts against sentence_transformers")
 
 
 def test_vectors_equal_sentence_transformers_on_sts(encoder, sentence_transformer, sts_sentences):
-    texts = sts_sentences[::8]
-    assert len(set(texts)) >= 2_000
+    texts = list(dict.fromkeys(sts_sentences))[::8]
+    assert len(texts) >= 2_000
     expected = sentence_transformer.encode(texts, batch_size=64)
-    assert np.abs(encoder.encode(texts, on_truncate="ignore") - expected).max() <= VECTOR_LIMIT
+    largest = np.abs(encoder.encode(texts, on_truncate="ignore") - expected).max()
+    assert_within(largest, VECTOR_LIMIT, f"vectors of {len(set(texts))} texts against sentence_transformers")
 
 
 OPTIONS = {
@@ -159,12 +189,12 @@ def test_options_do_what_sentence_transformers_does(encoder, sentence_transforme
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "mean_sqrt_len", "avg_top2", "avg_first_last"])
-@pytest.mark.parametrize("first", ["embeddings", "first_layer"])
+@pytest.mark.parametrize(
+    ("pooling", "first"),
+    [(pooling, "embeddings") for pooling in POOLINGS] + [("avg_first_last", "first_layer")],
+)
 def test_every_pooling_against_transformers(canonical_folder, bert, own_sentences, pooling, first, normalize):
     """Each pooling, computed from the reference's padded hidden states by its definition, in float64."""
-    if first == "first_layer" and pooling != "avg_first_last":
-        first = "embeddings"
     encoder = minilm.load(
         canonical_folder, device="cpu", pooling=pooling, first_hidden_state=first, normalize=normalize
     )

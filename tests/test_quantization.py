@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sentence_transformers.util.quantization import quantize_embeddings
 
-from minilm.quantization import quantize
+from minilm.quantization import calibration_ranges, normalized_ranges, quantize
 
 VECTORS = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
 RANGES = np.stack([VECTORS[:40].min(axis=0), VECTORS[:40].max(axis=0)])
@@ -23,6 +23,17 @@ def test_hand_computed_levels():
     values = np.array([[-60.0], [-51.0], [-0.5], [0.5], [204.0], [300.0]], dtype=np.float32)
     assert quantize(values, "uint8", ranges)[:, 0].tolist() == [0, 0, 50, 51, 255, 255]
     assert quantize(values, "int8", ranges)[:, 0].tolist() == [-128, -128, -78, -77, 127, 127]
+
+
+def test_ranges_are_five_standard_deviations_wide():
+    ranges = calibration_ranges(VECTORS)
+    np.testing.assert_allclose(ranges.mean(axis=0), VECTORS.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(ranges[1] - ranges[0], 10 * VECTORS.std(axis=0), rtol=1e-5)
+
+
+def test_a_prompt_is_part_of_the_text(encoder):
+    options = {"precision": "int8", "truncate_dim": 32, "normalize_embeddings": True}
+    np.testing.assert_array_equal(encoder.encode("q: x", **options), encoder.encode("x", prompt="q: ", **options))
 
 
 def test_bits():
@@ -58,7 +69,12 @@ def test_int8_keeps_similarities(encoder, options):
     varies = exact.std(axis=0) > 1e-6  # this model leaves three dimensions at 0
     assert varies.sum() >= exact.shape[1] - 3
     assert np.isin(levels[:, varies], (0, 255)).mean() < 1e-3  # the range is wide enough
-    if not options.get("normalize_embeddings"):
+    ranges = encoder.calibration.numpy()
+    if options.get("normalize_embeddings"):
+        lower, upper = normalized_ranges(ranges, exact.shape[1])
+        scaled = (upper - lower).mean() / (ranges[1] - ranges[0])[: exact.shape[1]].mean()
+        assert scaled == pytest.approx((384 / exact.shape[1]) ** 0.5, rel=0.1)
+    else:
         lower, upper = encoder.calibration.numpy()[:, : exact.shape[1]]
         restored = lower + (levels + 0.5) * (upper - lower) / 255
         assert (np.abs(restored - exact) <= 1.01 * (upper - lower) / 2 / 255 + 1e-30).mean() > 0.999

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from minilm.cli import main
+from minilm.weights.export import export_modelscope
+from minilm.weights.known import REFERENCE_MODEL
+from minilm.weights.load import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,17 +46,40 @@ def test_first_command_prints_the_table_shown(canonical_folder, capsys):  # noqa
     assert capsys.readouterr().out == expected
 
 
+@pytest.fixture(scope="module")
+def modelscope_cache(weights_folder, tmp_path_factory):
+    """A ModelScope cache that holds a folder in the layout, and under the name, of the reference model."""
+    cache = tmp_path_factory.mktemp("modelscope")
+    checkpoint = read_checkpoint(weights_folder).with_encoding(pooling="mean", normalize=False)
+    export_modelscope(checkpoint, cache / "models" / REFERENCE_MODEL)
+    return cache
+
+
 def test_ci_runs_the_test_command_shown():
     assert ("sh", TEST_COMMAND + "\n") in BLOCKS
     assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("folder", ["minilm", "kernels", "weights"])
-def test_the_map_names_every_module(folder):
+def test_the_map_names_every_module_and_no_other(folder):
     tree = next(code for language, code in BLOCKS if not language and "torch_backend" in code)
-    named = set(re.findall(r"\w+", tree))
+    rows = tree[tree.index(f"{folder}/") :].split("\n", 1)
+    rows = [rows[0], *itertools.takewhile(lambda row: row.startswith(" "), rows[1].split("\n"))]
+    named = {name.rstrip("/") for row in rows for name in row[12:48].split()}
     modules = {
         path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    missing = modules - named - {"__init__", "__pycache__"}
-    assert not missing, f"the README's map does not mention {sorted(missing)}"
+    assert named == modules - {"__init__"}
+
+
+def test_the_reference_models_example_runs(modelscope_cache, monkeypatch):
+    """The block that needs the reference model's folder, on a folder in its place with weights we have."""
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(modelscope_cache))
+    (code,) = (code for language, code in BLOCKS if language == "py")
+    namespace: dict[str, object] = {}
+    statements, end, call = code.partition('-sts")\n')
+    exec(compile(statements + end, "README.md", "exec"), namespace)
+    result = eval(compile(call.strip(), "README.md", "eval"), namespace)
+    assert result["text_embedding"].shape == (5, 384)
+    assert result["scores"] == pytest.approx([25.30560, 4.58426, 13.40046, 16.68110], abs=1e-4)  # ModelScope's own
+    assert namespace["embed"].encoder.encoding.pooling == "mean"

@@ -34,6 +34,26 @@ def test_forms_of_vectors(form):
 
 def test_one_vector_is_a_row():
     assert similarity(A[0], B).shape == (1, 11)
+    assert similarity_pairwise(A[0], A[0]).shape == ()
+
+
+@pytest.mark.parametrize("a", [A.tolist(), A.astype(np.float16), A.astype(np.int8)], ids=["list", "float16", "int8"])
+def test_scores_are_float32(a):
+    assert similarity(a, a).dtype == torch.float32
+
+
+@pytest.mark.parametrize("a", ["a text", None, [["a"]]], ids=["text", "none", "texts"])
+def test_what_is_no_vector_is_refused(a):
+    with pytest.raises(TypeError, match="expected a to be vectors of numbers"):
+        similarity(a, B)
+
+
+def test_ties_at_the_end_of_the_list():
+    corpus = np.array([[0.0], [1.0], [0.5], [1.0], [1.0], [0.5], [1.0]])
+    for block_size in (1, 2, 3, 7):
+        for top_k in range(1, 8):
+            (hits,) = search([[1.0]], corpus, top_k, "dot", block_size)
+            assert [hit["corpus_id"] for hit in hits] == [1, 3, 4, 6, 2, 5, 0][:top_k]
 
 
 def test_integer_vectors_score_as_numbers():

@@ -36,13 +36,15 @@ def test_one_string_is_one_text():
         (3, "got int"),
         (b"text", "got bytes"),
         ({"text": "a"}, "got dict"),
-        (np.array(5), "got ndarray"),
+        (np.array(5), "got ndarray of 0 dimensions"),
         (["a", None], "expected text 1 to be a string, got NoneType.*drop missing values"),
         (["a", b"b"], "text 1 .*got bytes.*decode it first"),
         ([["a", "b"]], "text 0 .*got list.*flat list"),
         ([1.5], r"text 0 .*got float \(1.5\); convert it with str\(\) first"),
         (pd.Series(["a", float("nan")]), "text 1 .*drop missing values"),
-        (np.array([["a"], ["b"]]), "text 0 .*got ndarray"),
+        (np.array([["a"], ["b"]]), "expected one column of strings, got ndarray of 2 dimensions"),
+        (pd.DataFrame({"text": ["a"]}), "expected one column of strings, got DataFrame of 2 dimensions"),
+        (["a", pd.NA], "text 1 .*drop missing values"),
     ],
 )
 def test_other_types_are_refused(inputs, message):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import torch
 
 from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights.convert import check_canonical
-from minilm.weights.files import WeightsError, new_folder, own, read_safetensors, read_text, write_safetensors
+from minilm.weights.files import WeightsError, new_folder, read_safetensors, read_text, standalone, write_safetensors
 from minilm.weights.names import OPTIONAL
 from minilm.weights.vocabulary import check_vocabulary
 
-__all__ = ["Checkpoint", "WeightsError", "fingerprint", "is_canonical", "read_canonical"]
-
 FORMAT, FORMAT_VERSION = "minilm", "1"
 WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
+METADATA = ("config", "encoding", "provenance", "calibration", "golden", "fingerprint", "checksum")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,8 @@ class Checkpoint:
     Attributes:
         config: the model's sizes and constants.
         encoding: pooling, normalisation, maximum length, prompts and similarity.
-        tensors: the weights by canonical name (see `names`), in the source's dtype; optional ones included.
+        tensors: the weights by canonical name (see `names`), optional ones included; in the source's dtype, or
+            in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
         tokenizer_json: a complete Hugging Face `tokenizers` JSON, with neither truncation nor padding.
         provenance: `source`, `source_format` (minilm, sentence-transformers, modelscope or bert), `source_sha256`,
             `source_max_seq_length`, `licence` and `converted_with`.
@@ -60,6 +60,17 @@ class Checkpoint:
         """The tensors of the model, without the optional ones that only an export needs."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in OPTIONAL}
 
+    def with_encoding(self, **changes: Any) -> Checkpoint:
+        """Return the checkpoint with other settings (fields of `EncodingConfig`), without what was computed with these.
+
+        Raises:
+            ValueError: a setting out of range.
+        """
+        if not changes:
+            return self
+        changed = replace(self, encoding=replace(self.encoding, **changes), stored_fingerprint=None)
+        return changed if changes.keys() == {"max_seq_length"} else replace(changed, golden=None, calibration=None)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the canonical folder, whole or not at all, and return it.
 
@@ -68,7 +79,7 @@ class Checkpoint:
         """
         target = Path(folder).expanduser().resolve()
         check_canonical(self.tensors, self.config, "the checkpoint to save")
-        with new_folder(target, replaces=_own_files(target)) as temporary:
+        with new_folder(target, replaces=_replaceable_files(target)) as temporary:
             (temporary / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
             write_safetensors(temporary / WEIGHTS_FILE, self.tensors, self._metadata())
         return target
@@ -82,8 +93,9 @@ class Checkpoint:
             "calibration": None if self.calibration is None else self.calibration.float().tolist(),
             "golden": self.golden,
             "fingerprint": fingerprint(self),
+            "checksum": _checksum(self.tensors, self.tokenizer_json),
         }
-        return {"format": FORMAT, "format_version": FORMAT_VERSION} | {k: json.dumps(v) for k, v in values.items()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION} | {k: json.dumps(values[k]) for k in METADATA}
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -101,11 +113,19 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.model_tensors.items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-        digest.update(own(tensor.float()).reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(standalone(tensor.float()).reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _own_files(folder: Path) -> frozenset[str]:
+def _checksum(tensors: dict[str, torch.Tensor], tokenizer_json: str) -> str:
+    """Return the sha256 of all that a folder stores beside its metadata: a flipped bit, which the format can't see."""
+    digest = hashlib.sha256(tokenizer_json.encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(standalone(tensor).reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _replaceable_files(folder: Path) -> frozenset[str]:
     """Return the names of the files that may be replaced in a folder: those of a canonical one, else none."""
     try:
         return frozenset({WEIGHTS_FILE, TOKENIZER_FILE} if is_canonical(folder / WEIGHTS_FILE) else ())
@@ -131,10 +151,8 @@ def read_canonical(path: Path) -> Checkpoint:
     if version != FORMAT_VERSION:
         raise WeightsError(f"{path} has format version {version}, this minilm reads {FORMAT_VERSION}. Update minilm")
     try:
-        values = {
-            name: json.loads(metadata[name]) for name in ("config", "encoding", "provenance", "golden", "fingerprint")
-        }
-        calibration = json.loads(metadata["calibration"])
+        values = {name: json.loads(metadata[name]) for name in METADATA}
+        calibration, checksum = values["calibration"], values["checksum"]
         config, encoding = MiniLMConfig.from_dict(values["config"]), EncodingConfig.from_dict(values["encoding"])
         limits = None if calibration is None else torch.tensor(calibration, dtype=torch.float32)
         if limits is not None and limits.shape != (2, config.hidden_size):
@@ -144,6 +162,8 @@ def read_canonical(path: Path) -> Checkpoint:
     check_canonical(tensors, config, path)
     tokenizer_json = read_text(path.with_name(TOKENIZER_FILE))
     check_vocabulary(tokenizer_json, config, path.with_name(TOKENIZER_FILE))
+    if _checksum(tensors, tokenizer_json) != checksum:
+        raise WeightsError(f"{path.parent} is damaged: not what was saved there. Convert or download it again")
     return Checkpoint(
         config,
         encoding,

@@ -18,12 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from safetensors import SafetensorError
-
 STALL_SECONDS = 30.0  # a download that has begun may pause for as long
 _POLL_SECONDS = 0.2
 _STALE_SECONDS = 24 * 3600.0
 _SCRATCH = ".partial-"
+# Without it a file in the current folder could stand in for a module (PYTHONSAFEPATH is not known to Python 3.10).
+_SAFE_PATH = "import sys; sys.path[:1] = [folder for folder in sys.path[:1] if folder]\n"
 
 
 class SourceError(OSError):
@@ -31,6 +31,7 @@ class SourceError(OSError):
 
 
 def run_python(
+    code: str,
     arguments: Sequence[str],
     watch: Path,
     description: str,
@@ -39,10 +40,11 @@ def run_python(
     expected_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run this Python with `arguments`, nothing of it on our streams but a progress bar on stderr after a second.
+    """Run code in a Python of its own, nothing of it on our streams but a progress bar on stderr after a second.
 
     Args:
-        arguments: what follows `python` on the command line.
+        code: what to run; modules in the current folder are not seen.
+        arguments: its `sys.argv[1:]`.
         watch: the folder it downloads to, which need not exist yet.
         description: the progress bar's label.
         patience: seconds to wait for the first byte.
@@ -52,14 +54,13 @@ def run_python(
     Raises:
         SourceError: it failed, with the last lines it wrote; or no byte came for too long, and it was ended.
     """
-    variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-c", _SAFE_PATH + code, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=variables,
+            env={**os.environ, **(environment or {})},
         )
         try:
             stall = _wait(process, watch, description, patience, expected_bytes)
@@ -124,7 +125,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield scratch
     except SourceError:
         raise
-    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+    except OSError as error:
         remedy = "Point MINILM_CACHE at a folder that can be written and has 300 MB free"
         raise SourceError(f"cannot write to {parent} ({error}). {remedy}") from error
     finally:

@@ -16,7 +16,7 @@ import torch
 
 from minilm.weights.checkpoint import TOKENIZER_FILE, Checkpoint
 from minilm.weights.convert import check_canonical, config_to_bert, to_bert
-from minilm.weights.files import WeightsError, new_folder, own, write_json, write_safetensors
+from minilm.weights.files import WeightsError, new_folder, standalone, write_json, write_safetensors
 from minilm.weights.load import MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
 from minilm.weights.vocabulary import SPECIAL_TOKENS, bert_settings, vocabulary
 
@@ -88,7 +88,7 @@ def export_modelscope(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
         "preprocessor": {"type": "sentence-embedding", "max_length": encoding.max_seq_length},
     }
     config = config_to_bert(checkpoint.config, _dtype(checkpoint))
-    tensors = {f"bert.{name}": own(tensor) for name, tensor in _bert_tensors(checkpoint).items()}
+    tensors = {f"bert.{name}": standalone(tensor) for name, tensor in _bert_tensors(checkpoint).items()}
     with new_folder(folder) as temporary:
         _write_tokenizer(checkpoint, temporary)
         write_json(temporary / "configuration.json", configuration)

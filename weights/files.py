@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import uuid
 import zipfile
@@ -111,9 +112,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is refused: it is damaged, or asks for more than tensors ({str(error).splitlines()[0]}), and "
-            "reading more could run any code. If you trust its origin, load it there and save its state dict "
-            "with safetensors.torch.save_file"
+            f"{path} is refused: it is damaged, or asks for more than tensors{_asked_for(error)}, and reading more "
+            "could run any code. If you trust its origin, load it there and save its state dict with "
+            "safetensors.torch.save_file"
         ) from error
     except Exception as error:  # torch names no set of errors for damaged files
         raise WeightsError(f"{path} is not a whole PyTorch file ({error}). Download it again") from error
@@ -126,6 +127,12 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             "If it is a training checkpoint, save the model's state dict alone"
         )
     return {str(name): value.detach() for name, value in state.items()}
+
+
+def _asked_for(error: pickle.UnpicklingError) -> str:
+    """Return what a refused pickle asks for, where torch's message names it."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f" ({found[1].rstrip('.,')})" if found else ""
 
 
 def sha256(paths: Sequence[Path]) -> str:
@@ -148,13 +155,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file({name: own(tensor) for name, tensor in tensors.items()}, path, metadata=metadata)
+        save_file({name: standalone(tensor) for name, tensor in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error})") from error
     path.chmod(mode)  # safetensors makes its files private to the user
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
+def standalone(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor on the CPU, contiguous, and with no other tensor in its memory; copied only if need be."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

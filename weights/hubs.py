@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from minilm.weights.download import SourceError, run_python
 from minilm.weights.files import WEIGHTS_FILES, read_json
 
-HUGGING_FACE_PATIENCE = 8.0
-MODELSCOPE_PATIENCE = 10.0  # to import modelscope takes longer
+_HUGGING_FACE_PATIENCE = 8.0
+_MODELSCOPE_PATIENCE = 10.0  # to import modelscope takes longer
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 _CHILD = """
@@ -23,11 +24,11 @@ sys.excepthook = lambda kind, error, trace: print(*f"{kind.__name__}: {error}".s
 """
 # Asking for a file that a repository has not makes the client note its absence, which a later look-up can tell from
 # "not downloaded".
-_HUGGING_FACE_CHILD = f"""{_CHILD}
+_MODEL_CHILD = f"""{_CHILD}
 import contextlib, pathlib
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.utils import EntryNotFoundError
-name, cache = sys.argv[1:]
+cache, name = sys.argv[1:]
 patterns = ["*.json", "*.txt", "model.safetensors"]
 folder = pathlib.Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns))
 if not (folder / "model.safetensors").exists():
@@ -35,6 +36,11 @@ if not (folder / "model.safetensors").exists():
 for file in ("modules.json", "sentence_bert_config.json"):
     with contextlib.suppress(EntryNotFoundError):
         hf_hub_download(name, file, revision=folder.name, cache_dir=cache)
+"""
+_DATASET_CHILD = f"""{_CHILD}
+from huggingface_hub import hf_hub_download
+cache, name, file, revision = sys.argv[1:]
+hf_hub_download(name, file, repo_type="dataset", revision=revision, cache_dir=cache)
 """
 _MODELSCOPE_CHILD = f"""{_CHILD}from modelscope.hub.snapshot_download import snapshot_download
 snapshot_download(sys.argv[1])
@@ -94,20 +100,44 @@ def download_from_hugging_face(name: str) -> Path:
     Raises:
         SourceError: the hub is offline by $HF_HUB_OFFLINE, cannot be reached, or has no such model.
     """
+    _run_hugging_face_client(_MODEL_CHILD, "models", [name])
+    return find_in_hugging_face_cache(name)
+
+
+def dataset_file(name: str, file: str, revision: str) -> Path:
+    """Return a file of the dataset `owner/name` from huggingface_hub's cache, downloaded to it if need be.
+
+    Raises:
+        SourceError: the file is not there, and the hub is offline, cannot be reached, or has no such file.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached() -> str | object | None:
+        return try_to_load_from_cache(name, file, hugging_face_cache(), revision, repo_type="dataset")
+
+    if not isinstance(cached(), str):
+        _run_hugging_face_client(_DATASET_CHILD, "datasets", [name, file, revision])
+    if not isinstance(path := cached(), str):
+        raise SourceError(f"{file} of the dataset {name} was not downloaded")
+    return Path(path)
+
+
+def _run_hugging_face_client(code: str, kind: str, arguments: Sequence[str]) -> None:
+    """Run code that downloads from one of the hub's `models` or `datasets`, named by the first of its arguments."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise SourceError("HF_HUB_OFFLINE is set")
-    cache = hugging_face_cache()
+    cache, name = hugging_face_cache(), arguments[0]
     run_python(
-        ["-c", _HUGGING_FACE_CHILD, name, str(cache)],
-        cache / f"models--{name.replace('/', '--')}",
+        code,
+        [str(cache), *arguments],
+        cache / f"{kind}--{name.replace('/', '--')}",
         f"{name} from {constants.ENDPOINT}",
-        patience=HUGGING_FACE_PATIENCE,
+        patience=_HUGGING_FACE_PATIENCE,
         # The xet protocol may write late, which would look like a stall.
         environment={"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"},
     )
-    return find_in_hugging_face_cache(name)
 
 
 def modelscope_cache() -> Path:
@@ -151,9 +181,10 @@ def download_from_modelscope(name: str) -> Path:
     if importlib.util.find_spec("modelscope") is None:
         raise SourceError("the modelscope package is not installed (pip install modelscope)")
     run_python(
-        ["-c", _MODELSCOPE_CHILD, name],
+        _MODELSCOPE_CHILD,
+        [name],
         modelscope_cache(),
         f"{name} from ModelScope",
-        patience=MODELSCOPE_PATIENCE,
+        patience=_MODELSCOPE_PATIENCE,
     )
     return find_in_modelscope_cache(name)

@@ -28,10 +28,16 @@ def known(name: str) -> dict[str, Any]:
     return facts.get(name, {})
 
 
+def is_default_model(source_sha256: str) -> bool:
+    """Whether a weights file of this sha256 is the default model's, as published."""
+    return bool(known(DEFAULT_MODEL)["sha256"]["model.safetensors"] == source_sha256)
+
+
 def known_results(source_sha256: str, encoding: EncodingConfig) -> tuple[Tensor | None, list[dict[str, Any]] | None]:
     """Return the calibration and golden results of a pinned model's weights, or two `None` for any others.
 
-    They are in `golden.json`: vectors in float64, and the bounds of each dimension, for mean pooling and normalisation.
+    They are in `golden.json`: vectors that the model computed in float64, rounded to float32, and the bounds of each
+    dimension; for mean pooling and normalisation.
     """
     path = Path(__file__).with_name("golden.json")
     results = json.loads(path.read_text(encoding="utf-8")).get(source_sha256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights.checkpoint import WEIGHTS_FILE, Checkpoint, is_canonical, read_canonical
 from minilm.weights.convert import config_from_bert, from_bert
 from minilm.weights.files import WeightsError, find_weights, read_json, read_object, read_tensors, sha256
-from minilm.weights.known import known_results
+from minilm.weights.known import is_default_model, known_results
 from minilm.weights.vocabulary import check_vocabulary, read_tokenizer
 
 logger = logging.getLogger("minilm.weights")
@@ -102,13 +102,15 @@ def _sentence_transformers(folder: Path) -> _Layout:
     if len(names) == 3:
         _check_normalize(paths[2] / "config.json")
     settings = read_object(paths[0] / "sentence_bert_config.json", missing_ok=True)
+    limit = _length_limit(paths[0], settings.get("max_seq_length"))
+    chosen = {} if limit is None else {"max_seq_length": limit}
     pooling, pooled_size = _st_pooling(paths[1] / "config.json")
     return _Layout(
         "sentence-transformers",
         paths[0],
-        encoding={"pooling": pooling, "normalize": len(names) == 3, **_st_encoding(folder)},
+        encoding={"pooling": pooling, "normalize": len(names) == 3, **chosen, **_st_encoding(folder)},
         lowercase=bool(settings.get("do_lower_case")),
-        source_max_seq_length=_length_limit(paths[0], settings.get("max_seq_length")),
+        source_max_seq_length=limit,
         pooled_size=pooled_size,
     )
 
@@ -191,17 +193,20 @@ def _read_bert(layout: _Layout, files: list[Path], source: str, licence: str) ->
         raise WeightsError(f"{layout.folder}: the Pooling module {sizes}; one of them belongs to another model")
     encoding = _encoding(layout, config)
     tensors, ignored = from_bert(read_tensors(files), config, files[0])
+    digest = sha256(files)
+    if is_default_model(digest) and encoding.max_seq_length == 256:  # as published; the reference's limit is 128
+        encoding = replace(encoding, max_seq_length=128)
     tokenizer_json = read_tokenizer(layout.folder, lowercase=layout.lowercase)
     check_vocabulary(tokenizer_json, config, layout.folder)
     provenance: dict[str, Any] = {
         "source": source,
         "source_format": layout.format,
-        "source_sha256": sha256(files),
+        "source_sha256": digest,
         "source_max_seq_length": layout.source_max_seq_length,
         "licence": licence,
         "converted_with": _version(),
     }
-    calibration, golden = known_results(provenance["source_sha256"], encoding)
+    calibration, golden = known_results(digest, encoding)
     return Checkpoint(config, encoding, tensors, tokenizer_json, provenance, calibration, golden, ignored)
 
 

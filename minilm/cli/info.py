@@ -57,7 +57,7 @@ def _environment() -> dict[str, Any]:
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load and describe the model."""
     encoder = load_encoder(arguments)
-    encoding, provenance = encoder.encoding, encoder.provenance
+    encoding, provenance = encoder.encoding, encoder.checkpoint.provenance
     return {
         "model": provenance.get("source"),
         "format": provenance.get("source_format"),

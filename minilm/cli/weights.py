@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from minilm.cli.common import Commands, Parser, add_command, print_fields, print_json
@@ -64,13 +63,11 @@ def run_fetch(arguments: argparse.Namespace) -> int:
 def run_convert(arguments: argparse.Namespace) -> int:
     """Read a source and save it in the canonical form, with vectors to verify it by."""
     from minilm.verify import with_golden
-    from minilm.weights.load import read_checkpoint
-    from minilm.weights.sources import locate
+    from minilm.weights.sources import read_model
 
-    name = None if Path(arguments.source).exists() else arguments.source
-    checkpoint = read_checkpoint(locate(arguments.source), source=name)
+    checkpoint = read_model(arguments.source)
     if arguments.max_seq_length is not None:
-        checkpoint = replace(checkpoint, encoding=replace(checkpoint.encoding, max_seq_length=arguments.max_seq_length))
+        checkpoint = checkpoint.with_encoding(max_seq_length=arguments.max_seq_length)
     if checkpoint.golden is None or arguments.max_seq_length is not None:
         checkpoint = with_golden(checkpoint)
     print(checkpoint.save(arguments.destination))
@@ -80,11 +77,10 @@ def run_convert(arguments: argparse.Namespace) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     """Read a source and write it in another library's layout."""
     from minilm.weights.export import export_modelscope, export_sentence_transformers
-    from minilm.weights.load import read_checkpoint
-    from minilm.weights.sources import locate
+    from minilm.weights.sources import read_model
 
     export = export_modelscope if arguments.to == "modelscope" else export_sentence_transformers
-    export(read_checkpoint(locate(arguments.source)), Path(arguments.destination))
+    export(read_model(arguments.source), Path(arguments.destination))
     print(arguments.destination)
     return 0
 
@@ -92,14 +88,12 @@ def run_export(arguments: argparse.Namespace) -> int:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Print what a source holds."""
     from minilm.weights.checkpoint import fingerprint
-    from minilm.weights.load import read_checkpoint
-    from minilm.weights.sources import locate
+    from minilm.weights.sources import locate, read_model
 
-    folder = locate(arguments.source)
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_model(arguments.source)
     tensors = checkpoint.tensors
     report = {
-        "folder": str(folder),
+        "folder": str(locate(arguments.source)),
         "fingerprint": fingerprint(checkpoint),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.model_tensors.values()}),

@@ -16,11 +16,9 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from minilm.weights.download import run_python
-from minilm.weights.hubs import HUGGING_FACE_PATIENCE
+from minilm.weights.hubs import dataset_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +38,6 @@ HUB_DATASETS = {
     "stsb": ("mteb/stsbenchmark-sts", "b0fddb56ed78048fa8b90373c8a3cfc37b684831"),
     "sickr": ("mteb/sickr-sts", "20a6d6f312dd54037fe07a32d58e5e168867909d"),
 }
-
-# In a process of its own, so that a client that waits or retries for too long can be ended.
-_DOWNLOAD = """
-import sys
-from huggingface_hub import hf_hub_download
-sys.excepthook = lambda kind, error, trace: print(*f"{kind.__name__}: {error}".split())
-name, file, revision = sys.argv[1:]
-hf_hub_download(name, file, repo_type="dataset", revision=revision)
-"""
 
 
 class STSDataError(OSError):
@@ -172,26 +161,11 @@ def _read_hub(task: str, split: str) -> Task:
 
 def _download(task: str, filename: str) -> Path:
     """Return the hub's file on this machine: from its client's cache, or downloaded to it."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repository, revision = HUB_DATASETS[task]
-    find = partial(hf_hub_download, repository, filename, repo_type="dataset", revision=revision, local_files_only=True)
+    name, revision = HUB_DATASETS[task]
     try:
-        return Path(find())
-    except LocalEntryNotFoundError:
-        logger.info("fetching %s of the dataset %s", filename, repository)
-    try:
-        run_python(
-            ["-c", _DOWNLOAD, repository, filename, revision],
-            Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}",
-            f"{repository} from {constants.ENDPOINT}",
-            patience=HUGGING_FACE_PATIENCE,
-            environment={"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"},
-        )
-        return Path(find())
+        return dataset_file(name, filename, revision)
     except OSError as error:
         raise STSDataError(
-            f"cannot fetch {filename} of the dataset {repository} from {constants.ENDPOINT} ({error}); "
+            f"cannot fetch {filename} of the dataset {name} from the Hugging Face hub ({error}); "
             f"give the data as a folder instead: {LAYOUT}"
         ) from error

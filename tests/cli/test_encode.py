@@ -142,7 +142,7 @@ def test_encode_reads_and_writes_as_a_stream(tmp_path, model, monkeypatch):
         for text, _ in rows:
             events.append(text)
 
-    monkeypatch.setattr("minilm.cli.encode.read_texts", texts)
+    monkeypatch.setattr("minilm.cli.encode.read_input", texts)
     monkeypatch.setitem(encode.WRITERS, "jsonl", write)
     assert main(["encode", "-o", str(tmp_path / "out.jsonl"), *model]) == 0
     assert events == ["read", "read", "0", "1", "read", "read", "2", "3", "read", "read", "4", "5"]
@@ -171,11 +171,11 @@ def test_failure_leaves_the_earlier_output(tmp_path, capsys, model):
         ("a.txt", b"x", ["-o", "{}/out.txt"], "cannot tell the format of"),
         ("a.txt", b"x", ["-o", "{}/nowhere/out.npy"], "there is no folder"),
         ("a.txt", b"x", ["-o", "{}", "--output-format", "npy"], "is not a file that could be replaced"),
-        ("a.txt", b"x", ["--precision", "int7"], "precision must be one of"),
+        ("a.txt", b"x", ["--precision", "int7"], "invalid choice: 'int7'"),
         ("a.txt", b"x", ["--batch-size", "0"], "batch_size must be"),
-        ("a.txt", b"x", ["--on-truncate", "cut"], "on_truncate must be one of"),
+        ("a.txt", b"x", ["--on-truncate", "cut"], "invalid choice: 'cut'"),
         ("a.txt", b"x " * 200, ["--on-truncate", "error"], "text 0 has 202 tokens, more than the limit of 128"),
-        ("a.txt", b"x", ["--prompt-name", "query"], "no prompt named 'query'"),
+        ("a.txt", b"x", ["--prompt-name", "poem"], "no prompt named 'poem'"),
     ],
     ids=[
         "latin1",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import minilm
 from minilm.cli import main
@@ -42,6 +43,8 @@ def test_version(capsys):
         (["search", "query"], "--corpus"),
         (["encode", "no-such-file.txt", "--model", "{}"], "No such file or directory: 'no-such-file.txt'"),
         (["encode", "--pooling", "median"], "invalid choice: 'median'"),
+        (["info", "--device", "foo", "--model", "{}"], "device 'foo' can't be used here"),
+        (["info", "--device", f"cuda:{torch.cuda.device_count()}", "--model", "{}"], "can't be used here"),
         (["encode", "--model", "./nowhere"], "'./nowhere' is neither an existing folder nor a model's name"),
         (["info", "--max-seq-length", "9999", "--model", "{}"], "max_seq_length must be at most 512"),
         (["eval", "sts", "--data", "nowhere", "--model", "{}"], "there is no folder nowhere"),

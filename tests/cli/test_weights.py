@@ -31,6 +31,14 @@ def test_weights_export_to_modelscope(tmp_path, canonical_folder, encoder):
     assert np.array_equal(minilm.load(tmp_path / "exported").encode("a cat"), encoder.encode("a cat"))
 
 
+def test_what_was_found_by_name_is_shown_by_name(capsys, sources, weights_folder):
+    snapshot = sources.cache_snapshot(weights_folder)
+    assert main(["weights", "inspect", "all-MiniLM-L6-v2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["provenance"]["source"] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert report["folder"] == str(snapshot)
+
+
 def test_weights_fetch_prints_the_folder(capsys, canonical_folder):
     assert main(["weights", "fetch", str(canonical_folder)]) == 0
     assert capsys.readouterr().out == f"{canonical_folder}\n"

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from minilm.evaluate import STSDataError
+from minilm.evaluate import STSDataError, sts_data
 from minilm.evaluate.sts_data import HUB_DATASETS, TASKS, Pairs, read_sts, read_tsv
 
 
@@ -160,6 +160,6 @@ def test_unreachable_hub_is_told_within_seconds():
 def test_damaged_hub_file(tmp_path, monkeypatch, content):
     path = tmp_path / "test.jsonl.gz"
     path.write_bytes(content)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    monkeypatch.setattr(sts_data, "dataset_file", lambda *_: path)
     with pytest.raises(STSDataError, match="is not gzipped JSON lines"):
         read_sts(None, ["sts12"], "test")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minilm.weights.checkpoint import Checkpoint, WeightsError, fingerprint
+from minilm.weights.checkpoint import Checkpoint, fingerprint
+from minilm.weights.files import WeightsError
 from minilm.weights.load import read_checkpoint
 
 LFS_POINTER = (
@@ -128,11 +129,11 @@ def test_tensors_that_claim_more_than_the_file_holds(canonical):
         read_checkpoint(canonical)
 
 
-def test_any_flipped_bit_is_an_error_or_seen_by_the_fingerprint(canonical):
+def test_any_flipped_bit_is_an_error(canonical):
     """In the header, the metadata, the tensors or the tokenizer; unless it only changed a fact about the source."""
     generator = random.Random(5)
     whole = read_checkpoint(canonical)
-    refused = seen = 0
+    refused = 0
     for trial in range(200):
         damaged = canonical.with_name(f"damaged-{trial}")
         shutil.copytree(canonical, damaged)
@@ -143,14 +144,12 @@ def test_any_flipped_bit_is_an_error_or_seen_by_the_fingerprint(canonical):
         path.write_bytes(data)
         try:
             read = read_checkpoint(damaged)
-            seen += fingerprint(read) != read.stored_fingerprint
         except WeightsError:
             refused += 1
         else:
-            assert harmless(read, whole) or fingerprint(read) != read.stored_fingerprint
+            assert harmless(read, whole)
         shutil.rmtree(damaged)
-    assert refused > 20
-    assert seen > 20
+    assert refused > 150
 
 
 def harmless(read: Checkpoint, whole: Checkpoint) -> bool:

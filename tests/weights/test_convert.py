@@ -201,7 +201,7 @@ def test_a_config_that_contradicts_the_tensors_is_an_error(bert_state, bert_conf
         ({"is_decoder": True}, "is_decoder must be False"),
         ({"num_attention_heads": 5}, "num_heads must divide hidden_size"),
         ({"hidden_size": "32"}, "hidden_size must be a positive integer, got '32'"),
-        ({"layer_norm_eps": "small"}, "config.json: '>' not supported"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps must be a number"),
     ],
     ids=str,
 )

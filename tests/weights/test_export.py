@@ -12,8 +12,8 @@ from transformers import BertModel, BertTokenizerFast
 
 from minilm.config import EncodingConfig
 from minilm.weights import export as module
-from minilm.weights.checkpoint import WeightsError
 from minilm.weights.export import export_modelscope, export_sentence_transformers
+from minilm.weights.files import WeightsError
 from minilm.weights.load import read_checkpoint
 
 EXPORTS = {"sentence-transformers": export_sentence_transformers, "modelscope": export_modelscope}
@@ -67,7 +67,7 @@ def test_the_real_tensors_come_back(weights_folder, tmp_path, export):
 
 ENCODINGS = [
     EncodingConfig("mean", normalize=True, prompts={"query": "q: ", "passage": ""}, default_prompt_name="query"),
-    EncodingConfig("cls", normalize=False, similarity="dot"),
+    EncodingConfig("cls", normalize=False, similarity="dot", max_seq_length=64),
     EncodingConfig("max", normalize=True, similarity="euclidean"),
     EncodingConfig("mean_sqrt_len", normalize=False, similarity="manhattan"),
 ]

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -111,6 +113,23 @@ def test_no_request_where_the_hub_is_offline(hub, monkeypatch):
     with pytest.raises(SourceError, match="HF_HUB_OFFLINE"):
         hubs.download_from_hugging_face(NAME)
     assert not hub.requests
+
+
+def test_ctrl_c_ends_the_download_and_the_next_one_works(hub):
+    weights = bytes(range(256)) * 4_000
+    hub.repositories[NAME] = {**FILES, "model.safetensors": weights}
+    hub.stalls_at = "model.safetensors"
+    code = f"from minilm.weights import hubs; hubs.download_from_hugging_face({NAME!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert hub.stalled.wait(30)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert error.rstrip().endswith("KeyboardInterrupt")
+    assert hub.left.wait(10)  # the child that downloaded has ended too
+    with pytest.raises(SourceError, match="not there"):
+        hubs.find_in_hugging_face_cache(NAME)
+    hub.stalls_at = ""
+    assert (hubs.download_from_hugging_face(NAME) / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.usefixtures("sources")

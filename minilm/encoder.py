@@ -333,7 +333,7 @@ class SentenceEncoder:
             raise ValueError(
                 f"device {str(device)!r} can't be used here; 'cpu' always can. Torch says: {reason}"
             ) from None
-        chosen = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
             raise ValueError(f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}")
         self.model.to(device, chosen)

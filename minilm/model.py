@@ -33,7 +33,7 @@ class Embeddings(nn.Module):
 
     def forward(self, batch: PackedBatch, backend: TorchBackend) -> Tensor:
         """`[T]` ids -> `[T, C]`."""
-        return backend.embed(batch, self, self.training)
+        return backend.embed(batch, self)
 
 
 class Attention(nn.Module):

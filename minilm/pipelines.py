@@ -64,7 +64,7 @@ class SentenceEmbeddingPipeline:
             inputs: `source_sentence` is a string or a non-empty list, `sentences_to_compare` a string, a list, `None`
                 or left out. An element of a list is a string, or two strings in a list: a pair, read as one text of
                 two segments. Other keys are ignored.
-            batch_size: texts encoded at a time.
+            batch_size: sets the token budget of a batch, as in `SentenceEncoder.encode`.
 
         Raises:
             TypeError: the inputs, a field or an element has another type.

@@ -140,13 +140,14 @@ def are_vectors(inputs: Any) -> bool:
 def _matrix(vectors: Vectors, name: str) -> Tensor:
     """Return vectors as a matrix `[n, C]`, in float32 unless they are float64 arrays or tensors."""
     if not isinstance(vectors, Tensor):
-        is_list = isinstance(vectors, list | tuple)
-        rows = [row.cpu() if isinstance(row, Tensor) else row for row in vectors] if is_list else vectors
-        array = np.asarray(rows)
+        if isinstance(vectors, list | tuple):
+            array = np.asarray([row.cpu() if isinstance(row, Tensor) else row for row in vectors])
+            array = array.astype(np.float32) if array.dtype == np.float64 else array
+        else:
+            array = np.asarray(vectors)
         if array.dtype.kind not in "fiub":
             raise TypeError(f"expected {name} to be vectors of numbers, got {type(vectors).__name__} of {array.dtype}")
         vectors = torch.from_numpy(array)
-        vectors = vectors.float() if is_list else vectors
     if vectors.dim() == 1:
         vectors = vectors.unsqueeze(0)
     if vectors.dim() != 2:

@@ -52,11 +52,6 @@ class Tokenizer:
             raise ValueError(f"expected a tokenizer that puts [CLS] and [SEP] around a text, got {len(frame)} tokens")
         self.cls_id, self.sep_id = frame
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of words and word pieces, special tokens included."""
-        return int(self._tokenizer.get_vocab_size())
-
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Return the word pieces that `ids` stand for."""
         return [self._tokenizer.id_to_token(i) or f"[{i}]" for i in ids]

@@ -142,7 +142,7 @@ def _cache_folder(name: str) -> Path:
 def _find_in_minilm_cache(name: str) -> Path:
     """Return the canonical folder of a model in minilm's own cache; it is there whole or not at all."""
     folder = _cache_folder(name)
-    if not (folder / "model.safetensors").is_file():
+    if not folder.is_dir():
         raise SourceError("not there")
     return folder
 

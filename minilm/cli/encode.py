@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minilm.cli.common import Commands, Parser, add_command, add_model_options, load_encoder, shows_progress
 from minilm.cli.files import (
@@ -71,14 +71,27 @@ def run(arguments: argparse.Namespace) -> int:
     texts = read_input(arguments, arguments.input)
     with open_output(arguments.output, seekable=form != "jsonl") as file:
         encoder = load_encoder(arguments)
+        options = _encode_options(arguments)
+        empty = encoder.encode([], **options)
         with progress_bar(shows_progress(arguments), None, "encode", "text") as advance:
-            rows = _encoded(encoder, texts, arguments, advance)
-            WRITERS[form](file, rows, encoder.get_embedding_dimension())
+            WRITERS[form](file, _encoded(encoder, texts, options, advance), empty)
     return 0
 
 
+def _encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `SentenceEncoder.encode` that the command line sets."""
+    return {
+        "on_truncate": arguments.on_truncate,
+        "batch_size": arguments.batch_size,
+        "precision": arguments.precision,
+        "normalize_embeddings": arguments.normalize,
+        "truncate_dim": arguments.truncate_dim,
+        "prompt_name": arguments.prompt_name,
+    }
+
+
 def _encoded(
-    encoder: SentenceEncoder, texts: Iterable[str], arguments: argparse.Namespace, advance: Callable[[int], object]
+    encoder: SentenceEncoder, texts: Iterable[str], options: dict[str, Any], advance: Callable[[int], object]
 ) -> Iterator[Row]:
     """Pair each text with its vector; no more are in memory than are encoded together."""
     waiting: deque[str] = deque()
@@ -88,16 +101,6 @@ def _encoded(
             waiting.append(text)
             yield text
 
-    vectors = encoder.encode_stream(
-        passing(),
-        block_size=READ_AHEAD,
-        on_truncate=arguments.on_truncate,
-        batch_size=arguments.batch_size,
-        precision=arguments.precision,
-        normalize_embeddings=arguments.normalize,
-        truncate_dim=arguments.truncate_dim,
-        prompt_name=arguments.prompt_name,
-    )
-    for vector in vectors:
+    for vector in encoder.encode_stream(passing(), block_size=READ_AHEAD, **options):
         yield waiting.popleft(), vector
         advance(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from minilm.cli.common import Parser, UsageError
+from minilm.texts import check_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 INPUT_FORMATS = ("lines", "jsonl", "csv")
 OUTPUT_FORMATS = ("npy", "jsonl", "parquet")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".npy": "npy", ".parquet": "parquet"}
+_STDOUT = ("-", "/dev/stdout")
 _NPY_HEADER_SIZE = 128
 _ROW_GROUP = 4_096
 
@@ -64,7 +66,7 @@ def output_format(path: str) -> str:
     Raises:
         ValueError: the suffix is none that can be written.
     """
-    found = "jsonl" if path == "-" else _SUFFIXES.get(Path(path).suffix.lower())
+    found = "jsonl" if path in _STDOUT else _SUFFIXES.get(Path(path).suffix.lower())
     if found not in OUTPUT_FORMATS:
         raise ValueError(
             f"cannot tell the format of {path}: end it in .npy, .jsonl or .parquet, or use --output-format"
@@ -82,90 +84,121 @@ def read_texts(path: str, form: str, key: str) -> Iterator[str]:
 
     Raises:
         OSError: the file can't be read.
-        ValueError: it is not UTF-8, or a line (its number is given) has no such text.
+        ValueError: a line (its number is given) is not UTF-8, or has no such text.
     """
     read = {"lines": _read_lines, "jsonl": _read_jsonl, "csv": _read_csv}[form]
     name = "stdin" if path == "-" else path
-    try:
-        with _open_text(path, newline="" if form == "csv" else "\n") as file:
-            yield from read(file, key, name)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error}") from error
+    with _open_text(path, newline="" if form == "csv" else "\n") as file:
+        yield from read(_checked_lines(file, name), key, name)
 
 
 @contextmanager
 def _open_text(path: str, newline: str) -> Iterator[IO[str]]:
-    """Open a file, or stdin, as UTF-8 with an optional byte order mark."""
+    """Open a file, or stdin, as UTF-8 with an optional byte order mark; bytes that are not UTF-8 become surrogates."""
     if path != "-":
-        with Path(path).open(encoding="utf-8-sig", newline=newline) as file:
+        with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
             yield file
         return
-    wrapper = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline=newline)
+    wrapper = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     try:
         yield wrapper
     finally:
         wrapper.detach()  # or its end would close stdin
 
 
-def _read_lines(file: IO[str], _key: str, _name: str) -> Iterator[str]:
-    for line in file:
+def _checked_lines(file: IO[str], name: str) -> Iterator[str]:
+    """Yield the lines of a file opened by `_open_text`, up to one that is not UTF-8."""
+    for number, line in enumerate(file, start=1):
+        if not line.isascii():
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                byte = line[error.start].encode(errors="surrogateescape")[0]
+                where = f"byte 0x{byte:02x} after {error.start} characters"
+                raise ValueError(f"{name}, line {number} is not UTF-8: {where}") from None
+        yield line
+
+
+def _read_lines(lines: Iterable[str], _key: str, _name: str) -> Iterator[str]:
+    for line in lines:
         yield line.removesuffix("\n").removesuffix("\r")
 
 
-def _read_jsonl(file: IO[str], key: str, name: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+def _read_jsonl(lines: Iterable[str], key: str, name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{name}, line {number} is not JSON: {error.msg}") from None
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             raise ValueError(f"{name}, line {number}: expected an object with a string {key!r}; --field names another")
-        yield record[key]
+        yield check_text(record[key], f"{name}, line {number}")  # an escape can make a lone surrogate
 
 
-def _read_csv(file: IO[str], key: str, name: str) -> Iterator[str]:
+def _read_csv(lines: Iterable[str], key: str, name: str) -> Iterator[str]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(file, strict=True)
+    reader, start = csv.reader(lines, strict=True), 1
     try:
-        columns = reader.fieldnames or ()
-        if key not in columns:
-            raise ValueError(f"{name} has no column {key!r}; --column names one of: {', '.join(columns)}")
+        column = _find_column(next(reader, []), key, name)
+        start = reader.line_num + 1  # the line where the next row starts; it may be several lines long
         for row in reader:
-            if row[key] is None:
-                raise ValueError(f"{name}, line {reader.line_num}: the row ends before column {key!r}")
-            yield row[key]
+            fields = row or [""]  # a blank line: one field, and it is empty
+            if column >= len(fields):
+                raise ValueError(f"{name}, line {start}: the row ends before column {key!r}")
+            yield fields[column]
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num + 1} is not CSV: {error}") from error
+        raise ValueError(f"{name}, line {start} is not CSV: {error}") from error
+
+
+def _find_column(columns: list[str], key: str, name: str) -> int:
+    """Return the position of the one column that is called `key`."""
+    if key not in columns:
+        raise ValueError(f"{name} has no column {key!r}; --column names one of: {', '.join(columns)}")
+    if (count := columns.count(key)) > 1:
+        raise ValueError(f"{name} has {count} columns {key!r}; rename them, or choose another with --column")
+    return columns.index(key)
 
 
 @contextmanager
 def open_output(path: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
     """Open a file to write that appears, complete, only when the block ends without an error; `-` is stdout.
 
+    Stdout, and what exists and is no regular file (a device, a named pipe), is written to directly.
+
     Args:
         path: the file.
-        seekable: whether the block needs to seek; stdout then receives everything at the end.
+        seekable: whether the block needs to seek; what is written to directly then receives everything at the end.
 
     Raises:
-        OSError: the folder does not exist, or something other than a file has the name.
+        OSError: the folder does not exist, or `path` is itself a folder or can't be written.
     """
-    if path != "-":
+    if path in _STDOUT:
+        with _spooled(sys.stdout.buffer, seekable) as file:
+            yield file
+    elif Path(path).exists() and not Path(path).is_file():  # before any link is resolved: a pipe's leads nowhere
+        with Path(path).open("wb") as sink, _spooled(sink, seekable) as file:
+            yield file
+    else:
         with _replacing(Path(path).resolve()) as file:
             yield file
-    elif seekable:
-        with tempfile.TemporaryFile() as spool:
-            yield spool
-            spool.seek(0)
-            shutil.copyfileobj(spool, sys.stdout.buffer)
-    else:
-        yield sys.stdout.buffer
+
+
+@contextmanager
+def _spooled(sink: BinaryIO, seekable: bool) -> Iterator[BinaryIO]:
+    """Give `sink` itself, or a seekable file that is copied into it at the end."""
+    if not seekable:
+        yield sink
+        return
+    with tempfile.TemporaryFile() as spool:
+        yield spool
+        spool.seek(0)
+        shutil.copyfileobj(spool, sink)
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary sibling of `path` that takes its place at the end."""
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a file that could be replaced; use - for stdout")
     if not path.parent.is_dir():
         raise OSError(f"there is no folder {path.parent} to write {path.name} in")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -177,28 +210,39 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_jsonl(file: BinaryIO, rows: Iterable[Row], _width: int) -> None:
+def write_jsonl(file: BinaryIO, rows: Iterable[Row], _empty: NDArray[Any]) -> None:
     """Write a line `{"text": ..., "embedding": [...]}` a row, with as few digits as give the same numbers back."""
     for text, vector in rows:
         numbers = ", ".join(map(str, vector))  # not vector.astype(str), in which numpy loses a KeyboardInterrupt
         file.write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n'.encode())
 
 
-def write_npy(file: BinaryIO, rows: Iterable[Row], width: int) -> None:
-    """Write an array `[n, C]` in numpy's format, whose header is put in front once n is known."""
-    count, descr = 0, "<f4"
+def write_npy(file: BinaryIO, rows: Iterable[Row], empty: NDArray[Any]) -> None:
+    """Write an array `[n, C]` in numpy's format, whose header is put in front once n is known.
+
+    Args:
+        file: where to.
+        rows: texts and vectors; only the vectors are written.
+        empty: no vectors, `[0, C]`, of the width and dtype of those in `rows`.
+    """
+    count = 0
     file.seek(_NPY_HEADER_SIZE)
     for _, vector in rows:
         file.write(vector.tobytes())
-        count, width, descr = count + 1, len(vector), vector.dtype.str
-    description = repr({"descr": descr, "fortran_order": False, "shape": (count, width)})
+        count += 1
+    description = repr({"descr": empty.dtype.str, "fortran_order": False, "shape": (count, empty.shape[1])})
     file.seek(0)
     magic = b"\x93NUMPY\x01\x00" + (_NPY_HEADER_SIZE - 10).to_bytes(2, "little")
     file.write(magic + description.encode().ljust(_NPY_HEADER_SIZE - 11) + b"\n")
 
 
-def write_parquet(file: BinaryIO, rows: Iterable[Row], width: int) -> None:
+def write_parquet(file: BinaryIO, rows: Iterable[Row], empty: NDArray[Any]) -> None:
     """Write a table of `text` and `embedding`, a list of C numbers, in row groups.
+
+    Args:
+        file: where to.
+        rows: texts and vectors.
+        empty: no vectors, `[0, C]`, of the width and dtype of those in `rows`.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -206,22 +250,17 @@ def write_parquet(file: BinaryIO, rows: Iterable[Row], width: int) -> None:
     import numpy as np
 
     pa, pq = import_pyarrow()
-    iterator = iter(rows)
-    group = list(islice(iterator, _ROW_GROUP))
-    number = pa.float32()
-    if group:
-        number, width = pa.from_numpy_dtype(group[0][1].dtype), len(group[0][1])
-    kind = pa.list_(number, width)
+    iterator, width = iter(rows), empty.shape[1]
+    kind = pa.list_(pa.from_numpy_dtype(empty.dtype), width)
     schema = pa.schema([("text", pa.string()), ("embedding", kind)])
     with pq.ParquetWriter(file, schema) as writer:
-        while group:
+        while group := list(islice(iterator, _ROW_GROUP)):
             values = pa.array(np.concatenate([vector for _, vector in group]))
             columns = [
                 pa.array([text for text, _ in group]),
                 pa.FixedSizeListArray.from_arrays(values, width),
             ]
             writer.write_table(pa.table(columns, schema=schema))
-            group = list(islice(iterator, _ROW_GROUP))
 
 
 def import_pyarrow() -> tuple[Any, Any]:
@@ -238,7 +277,7 @@ def import_pyarrow() -> tuple[Any, Any]:
     return pa, pq
 
 
-WRITERS: dict[str, Callable[[BinaryIO, Iterable[Row], int], None]] = {
+WRITERS: dict[str, Callable[[BinaryIO, Iterable[Row], NDArray[Any]], None]] = {
     "npy": write_npy,
     "jsonl": write_jsonl,
     "parquet": write_parquet,

@@ -54,8 +54,9 @@ def _add_source(parser: Parser) -> None:
 
 def run_fetch(arguments: argparse.Namespace) -> int:
     """Print the folder that holds the model, downloading it first if need be."""
-    from minilm.weights.sources import locate
+    from minilm.weights.sources import locate, read_model
 
+    read_model(arguments.name)  # a damaged copy is replaced
     print(locate(arguments.name))
     return 0
 

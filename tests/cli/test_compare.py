@@ -57,6 +57,13 @@ def test_search(tmp_path, capsys, model):
     assert report["hits"][0]["score"] >= report["hits"][1]["score"]
 
 
+def test_search_counts_blank_rows_of_csv(tmp_path, capsys, model):
+    (tmp_path / "corpus.csv").write_text("text\nA plane lands.\n\nBoil the egg.\n")
+    arguments = ["search", "how to boil eggs", "--corpus", str(tmp_path / "corpus.csv"), "--top-k", "1", *model]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=2)[1:] == ["3", "Boil the egg."]
+
+
 def test_search_in_nothing(tmp_path, the_error, model):
     (tmp_path / "corpus.csv").write_text("text\n")
     assert main(["search", "x", "--corpus", str(tmp_path / "corpus.csv"), *model]) == 2

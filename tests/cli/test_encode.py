@@ -2,15 +2,22 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
+import sysconfig
+import threading
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 import minilm
 from minilm.cli import encode, main
 
+MINILM = Path(sysconfig.get_path("scripts")) / "minilm"
 TEXTS = ["A cat sits.", "", "  Ein Käfer: “so”\u2028 ", "A cat sits."]
 
 
@@ -69,6 +76,48 @@ def test_encode_stdin_to_stdout(capsys, stdin, model, vectors):
     assert not sys.stdin.buffer.closed
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "texts"),
+    [
+        (b"text\n\nb\n", [], ["", "b"]),
+        (b"text\r\na\r\n\r\n", [], ["a", ""]),
+        (b'id,text,id\n1,"a\nb",2\n', [], ["a\nb"]),
+        (b"id\rx\ry\r", ["--column", "id"], ["x", "y"]),
+    ],
+    ids=["blank_row", "blank_last_row", "other_columns_share_a_name", "carriage_returns"],
+)
+def test_rows_of_csv(tmp_path, capsys, model, content, options, texts):
+    (tmp_path / "in.csv").write_bytes(content)
+    assert main(["encode", str(tmp_path / "in.csv"), *options, *model]) == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == texts
+
+
+@pytest.mark.parametrize("form", ["jsonl", "npy", "parquet"])
+def test_output_into_a_named_pipe(tmp_path, model, vectors, form):
+    os.mkfifo(tmp_path / "pipe")
+    received = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    options = ["-o", str(tmp_path / "pipe"), "--output-format", form]
+    assert main(["encode", write_input(tmp_path, "txt"), *options, *model]) == 0
+    reader.join(30)
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / f"received.{form}").write_bytes(received[0])
+    assert np.array_equal(read_output(tmp_path / f"received.{form}")[1].astype(np.float32), vectors)
+
+
+def test_dev_stdout_is_stdout(tmp_path, model):
+    """Also where stdout is a pipe, and where it is a file that something was written to before."""
+    command = [MINILM, "encode", write_input(tmp_path, "txt"), "-o", "/dev/stdout", *model]
+    piped = subprocess.run(command, capture_output=True, check=True)
+    assert [json.loads(line)["text"] for line in piped.stdout.splitlines()] == TEXTS
+    with (tmp_path / "log").open("wb") as log:
+        log.write(b"earlier\n")
+        log.flush()
+        subprocess.run(command, stdout=log, check=True)
+    assert (tmp_path / "log").read_bytes() == b"earlier\n" + piped.stdout
+
+
 @pytest.mark.parametrize(("form", "loads"), [("npy", np.load), ("parquet", pd.read_parquet)], ids=["npy", "parquet"])
 def test_binary_formats_to_stdout(capfdbinary, stdin, model, form, loads):
     stdin(b"one\ntwo\n")
@@ -84,16 +133,29 @@ def test_named_field_and_column(tmp_path, capsys, model):
 
 
 @pytest.mark.parametrize("output", ["npy", "jsonl", "parquet"])
-def test_no_texts(tmp_path, model, output):
+@pytest.mark.parametrize(
+    ("options", "width", "dtype"),
+    [
+        ([], 384, "float32"),
+        (["--truncate-dim", "10"], 10, "float32"),
+        (["--precision", "int8"], 384, "int8"),
+        (["--precision", "ubinary"], 48, "uint8"),
+    ],
+    ids=["float32", "truncated", "int8", "ubinary"],
+)
+def test_no_texts(tmp_path, model, output, options, width, dtype):
     (tmp_path / "in.txt").touch()
     path = tmp_path / f"out.{output}"
-    assert main(["encode", str(tmp_path / "in.txt"), "-o", str(path), *model]) == 0
+    assert main(["encode", str(tmp_path / "in.txt"), "-o", str(path), *options, *model]) == 0
     if output == "jsonl":
         assert path.read_bytes() == b""
     elif output == "npy":
-        assert np.load(path).shape == (0, 384)
+        assert (np.load(path).shape, np.load(path).dtype) == ((0, width), dtype)
     else:
-        assert pd.read_parquet(path).columns.tolist() == ["text", "embedding"]
+        table = pq.read_table(path)
+        kind = table.schema.field("embedding").type
+        assert (table.column_names, table.num_rows) == (["text", "embedding"], 0)
+        assert (kind.list_size, kind.value_type.to_pandas_dtype()) == (width, np.dtype(dtype))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +200,7 @@ def test_encode_reads_and_writes_as_a_stream(tmp_path, model, monkeypatch):
             events.append("read")
             yield str(index)
 
-    def write(_file, rows, _width):
+    def write(_file, rows, _empty):
         for text, _ in rows:
             events.append(text)
 
@@ -160,17 +222,24 @@ def test_failure_leaves_the_earlier_output(tmp_path, capsys, model):
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("a.txt", b"caf\xe9\n", [], "a.txt is not UTF-8"),
+        ("a.txt", b"x\ncaf\xe9\n", [], "a.txt, line 2 is not UTF-8: byte 0xe9 after 3 characters"),
+        ("a.txt", b"x\n\n\xed\xa0\x80\n", [], "a.txt, line 3 is not UTF-8: byte 0xed after 0 characters"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', [], "a.jsonl, line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud800"}\n', [], "line 2 is not valid Unicode: lone surrogate U+D800"),
+        ("a.csv", b'id,text\n1,"x\ny"\n\xe9,z\n', [], "a.csv, line 4 is not UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n\n', [], "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'"bare"\n', [], "line 1: expected an object with a string 'text'; --field names another"),
         ("a.csv", b"id,body\n1,x\n", [], "a.csv has no column 'text'; --column names one of: id, body"),
+        ("a.csv", b"text,id,text\na,b,c\n", [], "a.csv has 2 columns 'text'; rename them, or choose another"),
         ("a.csv", b"id,text\n1,x\n2\n", [], "a.csv, line 3: the row ends before column 'text'"),
+        ("a.csv", b"id,text\n1,x\n\n2,y\n", [], "a.csv, line 3: the row ends before column 'text'"),
         ("a.csv", b'text\n"x" y\n', [], "a.csv, line 2 is not CSV"),
+        ("a.csv", b'text\nx\n"y\nz\n', [], "a.csv, line 3 is not CSV"),
         ("a.txt", b"x", ["--field", "body"], "--field is for jsonl input; "),
         ("a.jsonl", b"x", ["--column", "body"], "--column is for csv input; "),
         ("a.txt", b"x", ["-o", "{}/out.txt"], "cannot tell the format of"),
         ("a.txt", b"x", ["-o", "{}/nowhere/out.npy"], "there is no folder"),
-        ("a.txt", b"x", ["-o", "{}", "--output-format", "npy"], "is not a file that could be replaced"),
+        ("a.txt", b"x", ["-o", "{}", "--output-format", "npy"], "Is a directory: "),
         ("a.txt", b"x", ["--precision", "int7"], "invalid choice: 'int7'"),
         ("a.txt", b"x", ["--batch-size", "0"], "batch_size must be"),
         ("a.txt", b"x", ["--on-truncate", "cut"], "invalid choice: 'cut'"),
@@ -179,11 +248,18 @@ def test_failure_leaves_the_earlier_output(tmp_path, capsys, model):
     ],
     ids=[
         "latin1",
+        "encoded_surrogate",
+        "jsonl_latin1",
+        "jsonl_surrogate",
+        "csv_latin1",
         "blank_jsonl_line",
         "jsonl_string",
         "csv_column",
+        "csv_columns_of_one_name",
         "csv_short_row",
+        "csv_blank_row",
         "csv_quotes",
+        "csv_open_quote",
         "field_of_lines",
         "column_of_jsonl",
         "output_suffix",
@@ -204,10 +280,14 @@ def test_wrong_input(tmp_path, the_error, model, name, content, options, message
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_parquet_without_pyarrow(tmp_path, the_error, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert main(["encode", write_input(tmp_path, "txt"), "-o", str(tmp_path / "o.parquet"), *model]) == 2
+@pytest.mark.parametrize("module", ["pyarrow", "pyarrow.parquet"])
+@pytest.mark.parametrize("options", [["-o", "{}/o.parquet"], ["--output-format", "parquet"]], ids=["file", "stdout"])
+def test_parquet_without_pyarrow(tmp_path, the_error, model, monkeypatch, module, options):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it now fails
+    options = [option.format(tmp_path) for option in options]
+    assert main(["encode", write_input(tmp_path, "txt"), *options, *model]) == 2
     assert 'Parquet needs pyarrow: pip install "minilm[parquet]"' in the_error()
+    assert [file.name for file in tmp_path.iterdir()] == ["in.txt"]
 
 
 def test_warnings_are_shown_unless_quiet(tmp_path, capsys, model):

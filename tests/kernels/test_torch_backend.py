@@ -1,10 +1,12 @@
 """The plain-torch backend against formulas written out in float64 numpy, sequence by sequence."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from scipy.special import erf, softmax
 
 from minilm import MiniLM, MiniLMConfig, PackedBatch
@@ -129,6 +131,23 @@ def test_dropout_only_in_training():
     assert torch.equal(made(batch).last_hidden_state, made(batch).last_hidden_state)
     made.train()
     assert not torch.equal(made(batch).last_hidden_state, made(batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_dropout_is_where_bert_has_it(monkeypatch, training):
+    """After the embeddings, on the attention probabilities, and on the output of each of a layer's two blocks."""
+    hidden, attention = [], []
+    plain, plain_attention = F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, t: hidden.append((tuple(x.shape), p, t)) or plain(x, p, t))
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, dropout_p: attention.append(dropout_p) or plain_attention(*a, dropout_p=dropout_p),
+    )
+    config = dataclasses.replace(CONFIG, hidden_dropout=0.3, attention_dropout=0.2)
+    MiniLM(config).train(training)(packed([4, 4]))
+    assert hidden == [((8, 24), 0.3, training)] * (1 + 2 * config.num_layers)
+    assert attention == [0.2 if training else 0.0] * config.num_layers
 
 
 def test_attention_dropout_keeps_the_expectation():

@@ -28,8 +28,8 @@ def normalized_ranges(ranges: NDArray[np.float32], dimensions: int) -> NDArray[n
     """
     kept = ranges[:, :dimensions]
     mean, deviation = kept.mean(axis=0), (kept[1] - kept[0]) / (2 * SPREAD)
-    length = float(np.sqrt((mean**2 + deviation**2).sum()))
-    return kept / np.float32(length)
+    scaled: NDArray[np.float32] = kept / np.sqrt((mean**2 + deviation**2).sum())
+    return scaled
 
 
 def quantize(

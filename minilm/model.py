@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from minilm.batch import PackedBatch
@@ -26,9 +27,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_positions, config.hidden_size)
-        self.token_type = nn.Embedding(config.num_token_types, config.hidden_size)
+        self.word = _table(config.vocab_size, config.hidden_size)
+        self.position = _table(config.max_positions, config.hidden_size)
+        self.token_type = _table(config.num_token_types, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, batch: PackedBatch, backend: TorchBackend) -> Tensor:
@@ -127,9 +128,15 @@ class MiniLM(nn.Module):
         return self.backend.attention_probabilities(query, key, batch)
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Make an embedding table without initialising it (on the meta device that alone would import torch._dynamo)."""
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return table
+
+
 def _initialise(module: nn.Module) -> None:
     """BERT's initialisation: weights from N(0, 0.02²), biases 0; LayerNorm is the identity already."""
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

@@ -29,6 +29,12 @@ def test_torch_is_not_imported(code):
     assert heavy.splitlines()[-1].strip() == "set()"
 
 
+def test_loading_imports_no_compiler(canonical_folder):
+    """torch._dynamo alone takes longer to import than the weights take to load."""
+    code = f"import sys, minilm\nminilm.load({str(canonical_folder)!r}, device='cpu').encode('a')\n"
+    assert run(code + "print('torch._dynamo' in sys.modules)") == "False"
+
+
 def test_import_takes_under_a_tenth_of_a_second():
     code = "import time; start = time.perf_counter(); import minilm; print(time.perf_counter() - start)"
     assert min(float(run(code)) for _ in range(3)) < 0.1

@@ -97,17 +97,18 @@ def search(
     for name, value in (("top_k", top_k), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    scale: Callable[[Tensor], Tensor] = F.normalize if metric == "cosine" else (lambda rows: rows)
+    score = _ALL_PAIRS["dot" if metric == "cosine" else metric]  # each vector is scaled once, not for every block
+    queries = scale(queries)
     none = queries.new_empty(len(queries), 0)
     best = [(rows, rows.long()) for rows in none.split(_QUERY_BLOCK)]  # scores and corpus rows of a few queries each
     for start in range(0, len(corpus), block_size):
-        block = corpus[start : start + block_size].to(queries)
+        block = scale(corpus[start : start + block_size].to(queries))
         for index, rows in enumerate(queries.split(_QUERY_BLOCK)):
-            scores, columns = _top(_ALL_PAIRS[metric](rows, block), top_k)
-            scores, ids = (
-                torch.cat([best[index][0], scores], dim=1),
-                torch.cat([best[index][1], columns + start], dim=1),
-            )
-            scores, order = _top(scores, top_k)
+            scores, columns = _top(score(rows, block), top_k)
+            candidates = torch.cat([best[index][0], scores], dim=1)
+            ids = torch.cat([best[index][1], columns + start], dim=1)
+            scores, order = _top(candidates, top_k)
             best[index] = scores, ids.gather(1, order)
     return [
         [SearchHit(corpus_id=i, score=s) for i, s in zip(row_ids, row_scores, strict=True)]

@@ -133,12 +133,9 @@ class EncodingConfig:
         """Return the text to put before each text: `prompt` if given, else that of the name, else the default's.
 
         Raises:
-            TypeError: the prompt is not a string.
             ValueError: there is no prompt of this name.
         """
         if prompt is not None:
-            if not isinstance(prompt, str):
-                raise TypeError(f"expected prompt to be a string, got {prompt!r}")
             return prompt
         name = self.default_prompt_name if prompt_name is None else prompt_name
         if name is None or name in self.prompts:

@@ -26,7 +26,7 @@ from minilm.model import MiniLM
 from minilm.progress import progress_bar
 from minilm.quantization import calibration_ranges, normalized_ranges, quantize
 from minilm.similarities import SearchHit, Vectors, are_vectors, search, similarity, similarity_pairwise
-from minilm.texts import Texts, as_texts, iter_texts
+from minilm.texts import Texts, as_texts, check_text, iter_texts
 from minilm.tokenizer import Tokenizer
 from minilm.weights.checkpoint import Checkpoint, fingerprint
 from minilm.weights.sources import read_model
@@ -246,12 +246,7 @@ class SentenceEncoder:
         return similarity_pairwise(embeddings1, embeddings2, metric or self.encoding.similarity)
 
     def search(
-        self,
-        queries: Any,
-        corpus: Any,
-        top_k: int = 10,
-        metric: str | None = None,
-        **options: Any,
+        self, queries: Any, corpus: Any, top_k: int = 10, metric: str | None = None, **options: Any
     ) -> list[list[SearchHit]]:
         """Find the `top_k` best of the corpus for each query; each may be texts (encoded first) or vectors.
 
@@ -361,9 +356,7 @@ class SentenceEncoder:
 
         Golden results and calibration are left out if they belong to another state than this.
         """
-        tensors = {name: tensor.detach().float().cpu() for name, tensor in self.model.state_dict().items()}
-        tensors = {**self.checkpoint.tensors, **tensors}
-        now = replace(self.checkpoint, tensors=tensors, encoding=self.encoding)
+        now = self._current()
         if fingerprint(now) == self.checkpoint.stored_fingerprint:
             return now
         return replace(now, golden=None, calibration=None, stored_fingerprint=None)
@@ -371,7 +364,7 @@ class SentenceEncoder:
     @threads.fork_safe
     def fingerprint(self) -> str:
         """Return a sha256 over tensors, tokenizer and pooling settings: equal fingerprints give equal vectors."""
-        return fingerprint(self.to_checkpoint())
+        return fingerprint(self._current())
 
     @threads.fork_safe
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -380,9 +373,15 @@ class SentenceEncoder:
 
     # Inner steps.
 
+    def _current(self) -> Checkpoint:
+        """Return the checkpoint with the weights and settings of now; its results may be those of another state."""
+        tensors = {name: tensor.detach().float().cpu() for name, tensor in self.model.state_dict().items()}
+        return replace(self.checkpoint, tensors={**self.checkpoint.tensors, **tensors}, encoding=self.encoding)
+
     def _embedder(self, prompt: str | None = None, prompt_name: str | None = None, **options: Any) -> Embedder:
         """Check a call's options and put them together with the model."""
-        chosen = EncodeOptions(prompt=self.encoding.prompt(prompt, prompt_name), **options)
+        prompt = check_text(self.encoding.prompt(prompt, prompt_name), "prompt")
+        chosen = EncodeOptions(prompt, **options)
         if chosen.truncate_dim is not None and chosen.truncate_dim > self.config.hidden_size:
             raise ValueError(f"truncate_dim must be at most {self.config.hidden_size}, got {chosen.truncate_dim}")
         return Embedder(self.model, self.tokenizer, self.encoding, chosen)

@@ -32,15 +32,14 @@ def iter_texts(inputs: Any, *, text_pairs: bool = False) -> Iterator[Any]:
         TypeError: at once, not an iterable; in its turn, an element that is not a string.
         ValueError: in its turn, an element that is not valid Unicode.
     """
-    refusal = TypeError(f"expected a string or an iterable of strings, got {_describe(inputs)}")
     if isinstance(inputs, bytes | bytearray | Mapping):
-        raise refusal
+        raise _not_texts(inputs)
     if getattr(inputs, "ndim", 1) != 1:  # a table iterates over its column names, an array over its rows
         raise TypeError(f"expected one column of strings, got {type(inputs).__name__} of {inputs.ndim} dimensions")
     try:
         iterator = iter(inputs)
     except TypeError:
-        raise refusal from None
+        raise _not_texts(inputs) from None
     return (_check_item(item, f"text {index}", text_pairs) for index, item in enumerate(iterator))
 
 
@@ -70,6 +69,11 @@ def _check_item(item: Any, what: str, text_pairs: bool) -> Text:
             raise ValueError(f"expected {what} to be a string or a pair of strings, got {len(item)} elements")
         return check_text(item[0], f"the first half of {what}"), check_text(item[1], f"the second half of {what}")
     return check_text(item, what)
+
+
+def _not_texts(inputs: Any) -> TypeError:
+    """Make the error for inputs that are no texts at all."""
+    return TypeError(f"expected a string or an iterable of strings, got {_describe(inputs)}")
 
 
 def _describe(value: Any) -> str:

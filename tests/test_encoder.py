@@ -256,6 +256,13 @@ def test_progress_bar(encoder, texts, caplog, capsys, show, level, drawn):
         assert ("24text" in capsys.readouterr().err) == drawn
 
 
+def test_a_prompt_is_checked_like_a_text(encoder):
+    with pytest.raises(TypeError, match="expected prompt to be a string, got int"):
+        encoder.encode("x", prompt=3)
+    with pytest.raises(ValueError, match="prompt is not valid Unicode: lone surrogate"):
+        encoder.encode("x", prompt="\ud800")
+
+
 def test_queries_and_documents_take_encodes_arguments(encoder, texts):
     for encode in (encoder.encode_query, encoder.encode_document):
         np.testing.assert_array_equal(encode(texts, None, "p: ", 8), encoder.encode(texts, None, "p: ", 8))

@@ -58,6 +58,14 @@ def test_lone_surrogates_are_refused(text):
         as_texts(["ok", text])
 
 
+def test_inputs_that_are_fine_are_not_described():
+    class Silent(list):
+        def __repr__(self):
+            raise AssertionError("the whole input would be written out")
+
+    assert as_texts(Silent(["a", "b"])) == (["a", "b"], False)
+
+
 def test_pairs_only_on_request():
     assert as_texts([("a", "b"), "c"], text_pairs=True) == ([("a", "b"), "c"], False)
     with pytest.raises(ValueError, match="text 0 to be a string or a pair of strings, got 3 elements"):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ class Packed(Protocol):
 
     @property
     def lengths(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def max_seqlen(self) -> int: ...
 
     @property
     def length_groups(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -88,6 +95,19 @@ class LayerWeights(Protocol):
 
     @property
     def feed_forward_norm(self) -> nn.LayerNorm: ...
+
+    @property
+    def training(self) -> bool: ...
+
+
+class EncoderWeights(Protocol):
+    """The parameters of the whole encoder, and whether it is in training mode."""
+
+    @property
+    def embeddings(self) -> EmbeddingWeights: ...
+
+    @property
+    def layers(self) -> Sequence[LayerWeights]: ...
 
     @property
     def training(self) -> bool: ...

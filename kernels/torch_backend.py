@@ -7,23 +7,41 @@ Sources: Devlin et al. 2019 (BERT, post-LayerNorm); Vaswani et al. 2017 (attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
 from minilm.config import MiniLMConfig
-from minilm.kernels.operands import AttentionWeights, EmbeddingWeights, LayerWeights, Packed
+from minilm.kernels.operands import AttentionWeights, EmbeddingWeights, EncoderWeights, LayerWeights, Packed
 
 
 class TorchBackend:
     """Plain torch on any device and dtype, differentiable. Subclass it and override what you make faster."""
 
     name = "torch"
+    differentiable = True
 
     def __init__(self, config: MiniLMConfig) -> None:
         """Keep the sizes."""
         self.config = config
+
+    @classmethod
+    def unavailable(cls, config: MiniLMConfig, device: str) -> str | None:  # noqa: ARG003 - for those who override it
+        """Return why this backend can't run for a model of these sizes on a kind of device; None if it can."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `minilm info` says of it: its class, and which operations it leaves to plain torch, and why."""
+        return {"class": f"{type(self).__module__}:{type(self).__qualname__}"}
+
+    def whole(self, batch: Packed, weights: EncoderWeights) -> Tensor | None:  # noqa: ARG002 - as above
+        """Return the last hidden state `[T, C]` in one go, or None (as here) to be asked step by step.
+
+        For backends that gain by seeing all layers at once; never called when hidden states in between are wanted.
+        """
+        return None
 
     # The encoder's four steps.
 
@@ -49,30 +67,40 @@ class TorchBackend:
         update = F.dropout(update, self.config.hidden_dropout, layer.training)
         return self.add_layer_norm(update, x, layer.feed_forward_norm)
 
-    def pool(self, hidden_states: Sequence[Tensor], batch: Packed, pooling: str, first: int = 0) -> Tensor:
-        """Token vectors -> one vector a sequence, `[B, C]`, before any normalisation.
+    def pool(
+        self, hidden_states: Sequence[Tensor], batch: Packed, pooling: str, first: int = 0, normalize: bool = False
+    ) -> Tensor:
+        """Token vectors -> one vector a sequence: `[B, C]`, float32 at least.
 
         Args:
             hidden_states: the embeddings' output and each layer's, `[T, C]` each.
             batch: where the sequences lie.
             pooling: a name of `minilm.config.POOLINGS`.
             first: which hidden state `avg_first_last` takes as the first.
+            normalize: whether to scale each vector to length 1.
 
         Raises:
             ValueError: an unknown pooling.
         """
-        x = hidden_states[-1]
-        if pooling == "avg_top2":
-            x = (x + hidden_states[-2]) / 2
-        elif pooling == "avg_first_last":
-            x = (x + hidden_states[first]) / 2
         reduce = _REDUCTIONS.get(pooling)
         if reduce is None:
             raise ValueError(f"pooling must be one of {', '.join(_REDUCTIONS)}; got {pooling!r}")
+        x = hidden_states[-1]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        other = self.second_state(hidden_states, pooling, first)
+        if other is not None:
+            x = (x + other) / 2
         pooled = x.new_empty(len(batch.lengths), x.shape[1])
         for indices, rows in batch.length_groups:
             pooled[indices] = reduce(x[rows])
-        return pooled
+        return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    @staticmethod
+    def second_state(hidden_states: Sequence[Tensor], pooling: str, first: int) -> Tensor | None:
+        """Return the hidden state that `pooling` averages with the last; None if it takes the last alone."""
+        if pooling == "avg_top2":
+            return hidden_states[-2]
+        return hidden_states[first] if pooling == "avg_first_last" else None
 
     # What the steps are made of.
 

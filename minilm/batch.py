@@ -101,6 +101,7 @@ class PackedBatch:
         return max(self.lengths)
 
     @cached_property
+    @torch.inference_mode(False)  # kept for later calls, which may want gradients
     def length_groups(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Sequences of equal length, together: for each length L, (their indices `[n]`, their token rows `[n, L]`).
 

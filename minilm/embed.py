@@ -162,18 +162,21 @@ class Embedder:
         pooled = self._empty(len(pieces))
         first = 1 if self.encoding.first_hidden_state == "first_layer" else 0
         one_piece_each = len(pieces) == len(fitted)
+        normalize = self.encoding.normalize and one_piece_each
         averages_layers = self.encoding.pooling in ("avg_top2", "avg_first_last")
 
         def place(indices: list[int]) -> None:
             batch = self._pack([pieces[i] for i in indices])
             output = self.model(batch, hidden_states=averages_layers)
             states = output.hidden_states or (output.last_hidden_state,)
-            pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first).float()
+            pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first, normalize).float()
             advance(len(indices) if one_piece_each else 0)
 
         self._for_each_batch(place, [len(piece) for piece in pieces])
-        vectors = pooled if one_piece_each else _merge_windows(pooled, fitted)
-        advance(0 if one_piece_each else len(fitted))
+        if one_piece_each:
+            return pooled
+        advance(len(fitted))
+        vectors = _merge_windows(pooled, fitted)
         return F.normalize(vectors, dim=-1) if self.encoding.normalize else vectors
 
     def _empty(self, rows: int) -> Tensor:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cached_property, partial
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from minilm import threads
 from minilm.batch import PackedBatch
 from minilm.config import MiniLMConfig
 from minilm.embed import Embedder, EncodeOptions
-from minilm.kernels.backend import make_backend
-from minilm.kernels.torch_backend import TorchBackend
-from minilm.model import MiniLM
+from minilm.kernels.backend import BackendChoice
+from minilm.model import MiniLM, floating_dtype
 from minilm.progress import progress_bar
-from minilm.quantization import calibration_ranges, normalized_ranges, quantize
+from minilm.quantization import calibration_ranges, calibration_sentences, normalized_ranges, quantize
 from minilm.similarities import SearchHit, Vectors, are_vectors, search, similarity, similarity_pairwise
 from minilm.texts import Texts, as_texts, check_text, iter_texts
 from minilm.tokenizer import Tokenizer
@@ -37,19 +35,19 @@ def load(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     max_seq_length: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
     first_hidden_state: str | None = None,
-    backend: str | type[TorchBackend] = "auto",
+    backend: BackendChoice = "auto",
 ) -> SentenceEncoder:
     """Load a model, fetching its weights first if need be.
 
     Args:
         name_or_path: a folder, or a name on the Hugging Face or ModelScope hub; all-MiniLM-L6-v2 by default.
         device: `cuda` where there is one, else `cpu`, by default.
-        dtype: what the model computes in; vectors are float32 whatever it is.
+        dtype: what the model computes in, by default float16 on a GPU and float32 elsewhere; vectors are float32.
         max_seq_length: tokens kept of a text, special tokens included; the folder's own setting (128) by default.
         pooling: see `EncodingConfig`; the folder's own setting by default.
         normalize: whether vectors get length 1; the folder's own setting by default.
@@ -57,6 +55,7 @@ def load(
         backend: who computes the operations; see `minilm.kernels.backend.make_backend`.
 
     Raises:
+        BackendError: the backend asked for can't be found, or can't run there.
         SourceError: the weights are nowhere to be had; every place tried is named.
         WeightsError: they are there, and unusable.
         ValueError: a setting out of range.
@@ -70,7 +69,8 @@ def load(
     }
     chosen = {name: value for name, value in settings.items() if value is not None}
     encoder = SentenceEncoder(checkpoint.with_encoding(**chosen), backend)
-    return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return encoder.to(device, dtype or ("float16" if str(device).startswith("cuda") else "float32"))
 
 
 _STREAM_OPTIONS = {field.name for field in fields(EncodeOptions)} | {"prompt_name"}
@@ -93,10 +93,9 @@ class SentenceEncoder:
             tensors: training changes them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, backend: str | type[TorchBackend] = "auto") -> None:
+    def __init__(self, checkpoint: Checkpoint, backend: BackendChoice = "auto") -> None:
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the checkpoint
-            self.model = MiniLM(checkpoint.config)
-        self.model.backend = make_backend(backend, checkpoint.config)
+            self.model = MiniLM(checkpoint.config, backend)
         self.model.load_state_dict({k: v.float() for k, v in checkpoint.model_tensors.items()}, assign=True)
         self.model.requires_grad_(True).eval()
         self.tokenizer = Tokenizer(checkpoint.tokenizer_json)
@@ -317,7 +316,8 @@ class SentenceEncoder:
 
         Raises:
             TypeError: several devices.
-            ValueError: a device that is not there, or a dtype that is no floating point type.
+            ValueError: a device that is not there, a backend that can't run on it (`BackendError`), or a dtype that is
+                no floating point type.
         """
         if not isinstance(device, str | torch.device):
             raise TypeError(f"expected one device, such as 'cpu' or 'cuda:0', got {device!r}")
@@ -328,9 +328,8 @@ class SentenceEncoder:
             raise ValueError(
                 f"device {str(device)!r} can't be used here; 'cpu' always can. Torch says: {reason}"
             ) from None
-        chosen: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
-            raise ValueError(f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}")
+        chosen = None if dtype is None else floating_dtype(dtype)
+        self.model.backend_on(torch.device(device).type)  # raises where it can't run, before anything has moved
         self.model.to(device, chosen)
         return self
 
@@ -345,9 +344,8 @@ class SentenceEncoder:
         """
         if self.checkpoint.calibration is not None:
             return self.checkpoint.calibration
-        sentences = (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
         embedder = self._embedder(prompt="", show_progress_bar=False, on_truncate="ignore", deterministic=True)
-        vectors = threads.run(lambda: embedder.vectors(sentences))
+        vectors = threads.run(lambda: embedder.vectors(calibration_sentences()))
         return torch.from_numpy(calibration_ranges(vectors.cpu().numpy()))
 
     @threads.fork_safe

@@ -10,15 +10,17 @@ al. 2020 (MiniLM); sizes of `nreimers/MiniLM-L6-H384-uncased`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilm.batch import PackedBatch
 from minilm.config import MiniLMConfig
-from minilm.kernels.backend import make_backend
+from minilm.kernels.backend import BackendChoice, backend_class, make_backend
 from minilm.kernels.torch_backend import TorchBackend
 
 
@@ -96,10 +98,13 @@ class MiniLM(nn.Module):
 
     layers: Sequence[Layer]
 
-    def __init__(self, config: MiniLMConfig | None = None, backend: str | type[TorchBackend] = "auto") -> None:
+    def __init__(self, config: MiniLMConfig | None = None, backend: BackendChoice = "auto") -> None:
         super().__init__()
         self.config = config or MiniLMConfig()
-        self.backend = make_backend(backend, self.config)
+        if backend != "auto":
+            backend_class(backend)  # what is no backend at all is an error now; whether it runs, where it is to run
+        self._choice = backend
+        self._backends: dict[tuple[BackendChoice, str], TorchBackend] = {}
         self.embeddings = Embeddings(self.config)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config.num_layers))  # type: ignore[assignment]
         self.apply(_initialise)
@@ -112,20 +117,68 @@ class MiniLM(nn.Module):
         """
         if batch.max_seqlen > self.config.max_positions:
             raise ValueError(f"expected at most {self.config.max_positions} tokens a sequence, got {batch.max_seqlen}")
-        x = self.embeddings(batch, self.backend)
+        backend = self.backend
+        whole = None if hidden_states or attentions else backend.whole(batch, self)
+        if whole is not None:
+            return MiniLMOutput(whole)
+        x = self.embeddings(batch, backend)
         states, patterns = [x], []
         for layer in self.layers:
             if attentions:
                 patterns.append(self.attention_probabilities(layer, x, batch))
-            x = layer(x, batch, self.backend)
+            x = layer(x, batch, backend)
             if hidden_states:
                 states.append(x)
         return MiniLMOutput(x, tuple(states) if hidden_states else None, tuple(patterns) if attentions else None)
+
+    @property
+    def backend(self) -> TorchBackend:
+        """Who computes the operations, on the device that the parameters are on."""
+        return self.backend_on(self.embeddings.word.weight.device.type)
+
+    def backend_on(self, device: str) -> TorchBackend:
+        """Return who would compute the operations on a kind of device.
+
+        Raises:
+            BackendError: the backend asked for can't run there.
+        """
+        key = (self._choice, device)
+        made = self._backends.get(key)
+        return made or self._backends.setdefault(key, make_backend(self._choice, self.config, device))
+
+    @contextmanager
+    def use_backend(self, choice: BackendChoice) -> Iterator[TorchBackend]:
+        """Compute with another backend within a `with` block; other threads that use this model do so as well.
+
+        Raises:
+            BackendError: it can't run here; the block is not entered.
+        """
+        before, self._choice = self._choice, choice
+        try:
+            yield self.backend
+        finally:
+            self._choice = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make backends of their own: some hold what can't leave the process."""
+        return {**super().__getstate__(), "_backends": {}}  # type: ignore[no-untyped-call]
 
     def attention_probabilities(self, layer: Layer, x: Tensor, batch: PackedBatch) -> list[Tensor]:
         """How much each token of each sequence looks at each other in `layer`, given its input x: `[H, L, L]` each."""
         query, key, _ = self.backend.project_heads(x, layer.attention)
         return self.backend.attention_probabilities(query, key, batch)
+
+
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the dtype of a name such as `bfloat16`.
+
+    Raises:
+        ValueError: it is no floating point type.
+    """
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        raise ValueError(f"dtype must be a floating point type such as 'float32' or 'bfloat16', got {dtype!r}")
+    return chosen
 
 
 def _table(rows: int, width: int) -> nn.Embedding:

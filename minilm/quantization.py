@@ -5,6 +5,7 @@ The ranges belong to the weights, not to the batch, so a row is the same alone a
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from numpy.typing import NDArray
 from minilm.config import PRECISIONS
 
 SPREAD = 5  # standard deviations on either side of the mean; of real sentences' values 0.003% lie beyond
+
+
+def calibration_sentences() -> list[str]:
+    """Return about a hundred ordinary English sentences of this package's own."""
+    return (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
 
 
 def calibration_ranges(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:

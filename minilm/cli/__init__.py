@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from minilm import __version__
-from minilm.cli import compare, encode, evaluation, info, weights
+from minilm.cli import compare, encode, evaluation, info, kernels, parity, weights
 from minilm.cli.common import Parser, messages_on_stderr
 
 EPILOG = """\
@@ -20,6 +20,8 @@ examples:
   minilm search "how to boil an egg" --corpus recipes.txt --top-k 3
   minilm eval sts --data sts/
   minilm weights convert my-finetuned-model/ my-model/
+  minilm parity --backend own_attention.py:OwnAttention
+  minilm kernels report --hardware sm_90
   minilm info
 
 `minilm COMMAND --help` tells more. Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted.
@@ -57,7 +59,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="minilm", description="Sentences to vectors with MiniLM.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"minilm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (encode, compare, evaluation, weights, info):
+    for module in (encode, compare, evaluation, weights, parity, kernels, info):
         module.add_commands(commands)
     return parser
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
 Commands = argparse._SubParsersAction
+BACKEND_HELP = "auto, torch, triton, module:Class or path/to/file.py:Class (default: auto)"
 
 
 class UsageError(ValueError):
@@ -50,6 +51,8 @@ def add_model_options(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
+    group.add_argument("--backend", default="auto", metavar="NAME", help=BACKEND_HELP)
     group.add_argument("--max-seq-length", type=int, metavar="N", help="tokens kept of a text (default: the model's)")
     group.add_argument("--pooling", choices=POOLINGS, help="how token vectors become one (default: the model's)")
 
@@ -61,6 +64,8 @@ def load_encoder(arguments: argparse.Namespace) -> SentenceEncoder:
     return load(
         arguments.model,
         device=arguments.device,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
         max_seq_length=arguments.max_seq_length,
         pooling=arguments.pooling,
     )

@@ -1,0 +1,267 @@
+"""Is a backend right? Each operation, its gradients and whole vectors, against float64 and plain torch.
+
+The rule is flash-attention's: at each dtype, a backend's largest error against float64 may be twice that of plain torch
+at the same dtype, plus a floor of a few roundings. Errors are relative to the largest entry of the float64 result.
+Operations in float64 get the operands that the others get, rounded to the dtype; whole vectors, the weights unrounded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from minilm.batch import PackedBatch
+from minilm.config import POOLINGS
+from minilm.encoder import SentenceEncoder
+from minilm.kernels.backend import BackendChoice, make_backend
+from minilm.kernels.torch_backend import TorchBackend
+from minilm.model import Layer, MiniLM
+from minilm.progress import progress_bar
+
+LENGTHS = {
+    "one token": [1],
+    "ragged": [1, 2, 15, 16, 17, 127, 128, 129],
+    "512 tokens": [512],
+    "300 sequences": [1 + i % 9 for i in range(300)],
+}
+QUICK = ("one token", "ragged")
+FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float16, torch.bfloat16, torch.float32)}
+
+Outcome = Callable[[TorchBackend, MiniLM, PackedBatch, dict[str, Tensor]], Tensor | Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one operation did at one dtype, in the case that went worst.
+
+    Attributes:
+        operation: its name; `... gradients` for those of all its operands.
+        dtype: what it computed in.
+        case: whose error was largest beside what was allowed; a key of `LENGTHS`.
+        error: the backend's largest error against float64, relative to the largest entry.
+        plain: plain torch's.
+        limit: what was allowed: `2 * plain` and a floor.
+        failure: the exception it raised instead, if it did.
+    """
+
+    operation: str
+    dtype: str
+    case: str
+    error: float
+    plain: float
+    limit: float
+    failure: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the limit."""
+        return self.failure is None and self.error <= self.limit  # a NaN is within none
+
+
+def check_parity(
+    encoder: SentenceEncoder,
+    choice: BackendChoice,
+    texts: Sequence[str],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    quick: bool = False,
+    show_progress_bar: bool | None = None,
+) -> list[Row]:
+    """Hold a backend against float64 and plain torch, operation by operation and from text to vector.
+
+    Args:
+        encoder: the real weights, on the device to check on; it is left as it was.
+        choice: the backend; see `minilm.kernels.backend.make_backend`.
+        texts: what to encode.
+        dtypes: what to compute in; by default all that are usual on the device.
+        quick: leave out the larger cases.
+        show_progress_bar: as in `SentenceEncoder.encode`.
+
+    Raises:
+        BackendError: the backend can't be found, or can't run on this device.
+    """
+    device = encoder.device.type
+    make_backend(choice, encoder.config, device)
+    dtypes = tuple(dtypes or DTYPES.get(device, DTYPES["cpu"]))
+    cases = {name: lengths for name, lengths in LENGTHS.items() if name in QUICK or not quick}
+    rows: list[Row] = []
+    with progress_bar(show_progress_bar, len(dtypes) * (len(OPERATIONS) + 1), "check", "operation") as advance:
+        for dtype in dtypes:
+            trial = Trial(encoder, choice, dtype, cases)
+            for operation, compute in OPERATIONS.items():
+                rows += trial.rows(operation, compute)
+                advance(1)
+            rows.append(trial.vectors(texts))
+            advance(1)
+    return rows
+
+
+class Trial:
+    """One backend at one dtype: a model it shares with plain torch, and their float64 twin."""
+
+    def __init__(
+        self, encoder: SentenceEncoder, choice: BackendChoice, dtype: torch.dtype, cases: dict[str, list[int]]
+    ) -> None:
+        self.encoder = encoder
+        self.dtype = dtype
+        self.model = copy.deepcopy(encoder.model).to(dtype).eval()
+        self.exact = copy.deepcopy(self.model).double()
+        self.backend = make_backend(choice, encoder.config, encoder.device.type)
+        self.plain = TorchBackend(encoder.config)
+        self.choice = choice
+        self.batches = {
+            name: _batch([min(n, encoder.config.max_positions) for n in lengths], encoder.device)
+            for name, lengths in cases.items()
+        }
+
+    def rows(self, operation: str, compute: Outcome) -> Iterator[Row]:
+        """Check one operation's results, and its gradients, in every case."""
+        for name, gradients in ((operation, False), (f"{operation}, gradients", True)):
+            if gradients and (operation in NOT_DIFFERENTIABLE or not self.backend.differentiable):
+                continue
+            outcomes = [self._row(name, case, compute, batch, gradients) for case, batch in self.batches.items()]
+            yield max(outcomes, key=lambda row: (not row.ok, row.error / row.limit))
+
+    def _row(self, name: str, case: str, compute: Outcome, batch: PackedBatch, gradients: bool) -> Row:
+        """Compute one operation three times: exactly, plainly, and by the backend."""
+        evaluate = _gradients if gradients else _values
+        operands = _operands(self.exact, batch, self.dtype)
+        with torch.inference_mode(not gradients):
+            exact = evaluate(compute, self.plain, self.exact, batch, {k: x.double() for k, x in operands.items()})
+            found = evaluate(compute, self.plain, self.model, batch, operands)
+            plain = _error(found, exact)
+            limit = 2 * plain + max(FLOORS[x.dtype] for x in found)
+            try:
+                error = _error(evaluate(compute, self.backend, self.model, batch, operands), exact)
+            except Exception as failure:  # whatever an experiment raises is its result
+                message = f"{type(failure).__name__}: {failure}".splitlines()[0]
+                return Row(name, _name(self.dtype), case, float("nan"), plain, limit, message)
+        return Row(name, _name(self.dtype), case, error, plain, limit)
+
+    def vectors(self, texts: Sequence[str]) -> Row:
+        """Check whole vectors, from texts, against float64 with the weights as they are."""
+
+        def encode(model: MiniLM, choice: BackendChoice) -> Tensor:
+            twin = copy.copy(self.encoder)
+            twin.model = model
+            with model.use_backend(choice):
+                vectors: Tensor = twin.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)
+            return vectors.double()
+
+        exact = encode(copy.deepcopy(self.encoder.model).double(), "torch")
+        plain = _error([encode(self.model, "torch")], [exact])
+        limit, case = 2 * plain + FLOORS[self.dtype], f"{len(texts)} texts"
+        try:
+            error = _error([encode(self.model, self.choice)], [exact])
+        except Exception as failure:  # as above
+            message = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            return Row("vectors", _name(self.dtype), case, float("nan"), plain, limit, message)
+        return Row("vectors", _name(self.dtype), case, error, plain, limit)
+
+
+# The operations, each on operands of the third layer.
+
+
+def _layer(model: MiniLM) -> Layer:
+    return model.layers[min(2, len(model.layers) - 1)]
+
+
+OPERATIONS: dict[str, Outcome] = {
+    "embed": lambda backend, model, batch, _: backend.embed(batch, model.embeddings),
+    "project_heads": lambda backend, model, _, x: backend.project_heads(x["hidden"], _layer(model).attention),
+    "attention": lambda backend, _, batch, x: backend.attention(x["query"], x["key"], x["value"], batch),
+    "attention_probabilities": lambda backend, _, batch, x: backend.attention_probabilities(
+        x["query"], x["key"], batch
+    ),
+    "attention_block": lambda backend, model, batch, x: backend.attention_block(x["hidden"], _layer(model), batch),
+    "linear": lambda backend, model, _, x: backend.linear(x["hidden"], _layer(model).feed_forward.intermediate),
+    "gelu": lambda backend, _, __, x: backend.gelu(x["inner"]),
+    "layer_norm": lambda backend, model, _, x: backend.layer_norm(x["update"], _layer(model).feed_forward_norm),
+    "add_layer_norm": lambda backend, model, _, x: backend.add_layer_norm(
+        x["update"], x["hidden"], _layer(model).feed_forward_norm
+    ),
+    "feed_forward_block": lambda backend, model, _, x: backend.feed_forward_block(x["hidden"], _layer(model)),
+    "pool": lambda backend, _, batch, x: [
+        backend.pool((x["hidden"], x["other"]), batch, pooling) for pooling in POOLINGS
+    ],
+    "pool, normalised": lambda backend, _, batch, x: [
+        backend.pool((x["hidden"], x["other"]), batch, pooling, normalize=True) for pooling in POOLINGS
+    ],
+    "encoder": lambda backend, model, batch, _: _encoder(backend, model, batch),
+}
+NOT_DIFFERENTIABLE = ("attention_probabilities",)  # nothing trains through these
+
+
+def _encoder(backend: TorchBackend, model: MiniLM, batch: PackedBatch) -> Tensor:
+    """Return the last hidden state, as `MiniLM.forward` comes by it."""
+    whole = backend.whole(batch, model)
+    if whole is not None:
+        return whole
+    x = model.embeddings(batch, backend)
+    for layer in model.layers:
+        x = layer(x, batch, backend)
+    return x
+
+
+def _operands(exact: MiniLM, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what the operations are given: real activations of the third layer, rounded to `dtype`."""
+    plain, layer = TorchBackend(exact.config), _layer(exact)
+    with torch.no_grad():
+        states = [exact.embeddings(batch, plain)]
+        for each in exact.layers[: min(2, len(exact.layers) - 1)]:
+            states.append(each(states[-1], batch, plain))
+        query, key, value = plain.project_heads(states[-1], layer.attention)
+        inner = plain.linear(states[-1], layer.feed_forward.intermediate)
+        update = plain.linear(plain.gelu(inner), layer.feed_forward.output)
+    named = {"query": query, "key": key, "value": value, "inner": inner, "update": update}
+    return {name: x.to(dtype) for name, x in {"hidden": states[-1], "other": states[0], **named}.items()}
+
+
+def _values(
+    compute: Outcome, backend: TorchBackend, model: MiniLM, batch: PackedBatch, operands: dict[str, Tensor]
+) -> list[Tensor]:
+    """Return an operation's results."""
+    result = compute(backend, model, batch, operands)
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _gradients(
+    compute: Outcome, backend: TorchBackend, model: MiniLM, batch: PackedBatch, operands: dict[str, Tensor]
+) -> list[Tensor]:
+    """Return the gradients of an operation's results, weighed by fixed random numbers, in operands and parameters."""
+    leaves = {name: x.detach().requires_grad_() for name, x in operands.items()}
+    results = _values(compute, backend, model, batch, leaves)
+    generator = torch.Generator().manual_seed(0)
+    upstream = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
+    wanted: list[Tensor | nn.Parameter] = [*leaves.values(), *model.parameters()]
+    found = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
+    return [x for x in found if x is not None]
+
+
+def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the largest error, each tensor's relative to its largest entry; NaN if one has another shape, or a NaN."""
+    if len(found) != len(exact) or any(a.shape != b.shape for a, b in zip(found, exact, strict=True)):
+        return float("nan")
+    errors = [
+        (a.detach().double() - b).abs().max() / b.abs().max().clamp(min=1e-30)
+        for a, b in zip(found, exact, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def _batch(lengths: list[int], device: torch.device) -> PackedBatch:
+    """Return sequences of random word ids."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = torch.randint(1_000, 20_000, (sum(lengths),), generator=generator).tolist()
+    ends = list(accumulate(lengths))
+    return PackedBatch.from_sequences([ids[end - n : end] for n, end in zip(lengths, ends, strict=True)], None, device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -71,6 +71,11 @@ class Checkpoint:
         changed = replace(self, encoding=replace(self.encoding, **changes), stored_fingerprint=None)
         return changed if changes.keys() == {"max_seq_length"} else replace(changed, golden=None, calibration=None)
 
+    def with_dtype(self, dtype: torch.dtype) -> Checkpoint:
+        """Return the checkpoint with its weights rounded to `dtype`, without what was computed with the others."""
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        return replace(self, tensors=tensors, golden=None, calibration=None, stored_fingerprint=None)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the canonical folder, whole or not at all, and return it.
 

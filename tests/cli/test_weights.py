@@ -50,3 +50,15 @@ def test_failed_verification_is_exit_code_1(tmp_path, capsys, canonical_folder):
     replace(checkpoint, golden=golden).save(tmp_path / "model")
     assert main(["weights", "verify", str(tmp_path / "model")]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_weights_rounded_to_half_the_size(tmp_path, capsys, canonical_folder, encoder):
+    folder = tmp_path / "half"
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--dtype", "float16"]) == 0
+    assert main(["weights", "verify", str(folder)]) == 0
+    assert (folder / "model.safetensors").stat().st_size < 46e6
+    ours, exact = minilm.load(folder, device="cpu").encode("a cat"), encoder.encode("a cat")
+    assert 1e-6 < np.abs(ours - exact).max() < 1e-3
+    capsys.readouterr()
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--dtype", "int8"]) == 2
+    assert "floating point type such as" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def _encode(
 @_encode.register_fake
 def _(ids: Tensor, *operands: object) -> Tensor:
     word = operands[4][0]
-    return word.new_empty(len(ids), word.shape[1])
+    return word.new_empty(ids.shape[0], word.shape[1])
 
 
 _encode.register_kernel("cpu")(cpu_kernel(launch, reference))

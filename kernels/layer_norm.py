@@ -202,7 +202,7 @@ def _backward(
 
 @_forward.register_fake
 def _(update: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    statistic = update.new_empty(len(update), dtype=torch.float32)
+    statistic = update.new_empty(update.shape[0], dtype=torch.float32)  # len() would fix T in a compiled graph
     return update.new_empty(update.shape), statistic, torch.empty_like(statistic)
 
 

@@ -20,7 +20,7 @@ def formula(update, residual, weight, bias, eps):
 
 def outcome(function, operands, upstream):
     """The output, and the gradient of every operand."""
-    operands = [None if x is None else x.detach().clone().requires_grad_() for x in operands]
+    operands = [None if x is None else x.detach().requires_grad_() for x in operands]
     out = function(*operands, 1e-12)
     present = [x for x in operands if x is not None]
     return [out.detach(), *torch.autograd.grad(out, present, upstream.to(out.dtype))]

@@ -115,11 +115,12 @@ class Launch:
         signature, constants, attributes = {}, {}, {}
         for index, (name, parameter) in enumerate(zip(names, self.kernel.params, strict=True)):
             value = self.arguments[name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = type(value) is int and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and value == 1):
                 signature[name], constants[(index,)] = "constexpr", value
             else:
                 signature[name] = _type_name(value)
-                if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+                if isinstance(value, Tensor) or (special and value % 16 == 0):
                     attributes[(index,)] = [["tt.divisibility", 16]]
         source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,34 @@ from minilm.kernels import attention, embedding, layer_norm, linear, linear_laye
 from minilm.kernels.launch import cpu_kernel, hardware
 from minilm.kernels.operands import EncoderWeights
 
-EMBEDDING_TENSORS, LAYER_TENSORS = 5, 12
 SHORT = 64  # tokens: a tile of the by-sequence kernel holds as many queries, and shorter sequences leave it part empty
+
+
+class EmbeddingTensors(NamedTuple):
+    """The parameters of the embeddings."""
+
+    word: Tensor
+    token_type: Tensor
+    position: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class LayerTensors(NamedTuple):
+    """The parameters of one layer."""
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    attention_norm_weight: Tensor
+    attention_norm_bias: Tensor
+    intermediate_weight: Tensor
+    intermediate_bias: Tensor
+    feed_forward_output_weight: Tensor
+    feed_forward_output_bias: Tensor
+    feed_forward_norm_weight: Tensor
+    feed_forward_norm_bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,8 +55,7 @@ class EncoderTensors:
     """An encoder's parameters as one flat list, and the two numbers that their shapes don't tell.
 
     Attributes:
-        weights: word, token type and position table, LayerNorm's weight and bias; then for each layer weight and bias
-            of query-key-value, attention output, its norm, feed-forward's first and second product, and its norm.
+        weights: the fields of `EmbeddingTensors`, then those of `LayerTensors` for each layer.
         num_heads: H.
         eps: LayerNorm's.
     """
@@ -57,13 +83,19 @@ def reference(
     weights: Sequence[Tensor], num_heads: int, eps: float,
 ) -> Tensor:  # fmt: skip
     """Return the last hidden state `[T, C]`; in plain torch."""
-    x = embedding.reference(ids, type_ids, positions, *weights[:EMBEDDING_TENSORS], eps)[0]
-    for layer in _layers(weights):
-        heads = linear.reference(x, *layer[0:2], False).unflatten(1, (3, num_heads, -1)).unbind(1)
-        context = attention.reference(*heads, cu_seqlens, max_seqlen, False)[0].flatten(1)
-        x = layer_norm.reference(linear.reference(context, *layer[2:4], False), x, *layer[4:6], eps)[0]
-        inner = linear.reference(x, *layer[6:8], True)
-        x = layer_norm.reference(linear.reference(inner, *layer[8:10], False), x, *layer[10:12], eps)[0]
+    tables, layers = unflatten(weights)
+    word, token_type, position, norm_weight, norm_bias = tables
+    lookup = ids, type_ids, positions, word, token_type, position
+    x = embedding.reference(*lookup, norm_weight, norm_bias, eps)[0]
+    for w in layers:
+        qkv = linear.reference(x, w.qkv_weight, w.qkv_bias, False)
+        query, key, value = qkv.unflatten(1, (3, num_heads, -1)).unbind(1)
+        context = attention.reference(query, key, value, cu_seqlens, max_seqlen, False)[0].flatten(1)
+        update = linear.reference(context, w.output_weight, w.output_bias, False)
+        x = layer_norm.reference(update, x, w.attention_norm_weight, w.attention_norm_bias, eps)[0]
+        inner = linear.reference(x, w.intermediate_weight, w.intermediate_bias, True)
+        update = linear.reference(inner, w.feed_forward_output_weight, w.feed_forward_output_bias, False)
+        x = layer_norm.reference(update, x, w.feed_forward_norm_weight, w.feed_forward_norm_bias, eps)[0]
     return x
 
 
@@ -80,24 +112,31 @@ def launch(
     bounds = None
     if max_seqlen is None or max_seqlen <= SHORT:
         bounds = attention.token_bounds(cu_seqlens, len(ids))
-    x = embedding.launch_forward(ids, type_ids, positions, *weights[:EMBEDDING_TENSORS], eps)[0]
-    for layer in _layers(weights):
-        heads = linear.launch_forward(x, *layer[0:2], False).unflatten(1, (3, num_heads, -1)).unbind(1)
+    tables, layers = unflatten(weights)
+    word, token_type, position, norm_weight, norm_bias = tables
+    lookup = ids, type_ids, positions, word, token_type, position
+    x = embedding.launch_forward(*lookup, norm_weight, norm_bias, eps)[0]
+    for w in layers:
+        qkv = linear.launch_forward(x, w.qkv_weight, w.qkv_bias, False)
+        query, key, value = qkv.unflatten(1, (3, num_heads, -1)).unbind(1)
         context = torch.empty_like(x).unflatten(1, (num_heads, -1))
-        if bounds is None:
-            attention.sequence_launch(*heads, cu_seqlens, max_seqlen, context)()
-        else:
-            attention.tile_launch(*heads, bounds, context)()
-        x = _project_add_norm(context.flatten(1), *layer[2:4], x, *layer[4:6], eps)
-        inner = linear.launch_forward(x, *layer[6:8], True)
-        x = _project_add_norm(inner, *layer[8:10], x, *layer[10:12], eps)
+        if bounds is not None:
+            attention.tile_launch(query, key, value, bounds, context)()
+        elif max_seqlen is not None:
+            attention.sequence_launch(query, key, value, cu_seqlens, max_seqlen, context)()
+        norm = w.attention_norm_weight, w.attention_norm_bias
+        x = _project_add_norm(context.flatten(1), w.output_weight, w.output_bias, x, *norm, eps)
+        inner = linear.launch_forward(x, w.intermediate_weight, w.intermediate_bias, True)
+        norm = w.feed_forward_norm_weight, w.feed_forward_norm_bias
+        x = _project_add_norm(inner, w.feed_forward_output_weight, w.feed_forward_output_bias, x, *norm, eps)
     return x
 
 
-def _layers(weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Return each layer's tensors."""
-    starts = range(EMBEDDING_TENSORS, len(weights), LAYER_TENSORS)
-    return [weights[start : start + LAYER_TENSORS] for start in starts]
+def unflatten(weights: Sequence[Tensor]) -> tuple[EmbeddingTensors, list[LayerTensors]]:
+    """Give the tensors of `EncoderTensors.weights` their names again."""
+    first, step = len(EmbeddingTensors._fields), len(LayerTensors._fields)
+    layers = [LayerTensors(*weights[start : start + step]) for start in range(first, len(weights), step)]
+    return EmbeddingTensors(*weights[:first]), layers
 
 
 def _project_add_norm(
@@ -120,8 +159,8 @@ def _encode(
 
 
 @_encode.register_fake
-def _(ids: Tensor, *operands: object) -> Tensor:
-    word = operands[4][0]
+def _(ids: Tensor, *operands: Any) -> Tensor:
+    word: Tensor = operands[4][0]
     return word.new_empty(ids.shape[0], word.shape[1])
 
 

@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class EncoderGraphs:
         self.buckets = tuple(bucket for bucket in BUCKETS if bucket <= limit)
         self._recorded: dict[int, _Recorded] = {}
         self._read: tuple[int, ...] = ()
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # what torch.cuda.graph_pool_handle returns
         self._done: torch.cuda.Event | None = None  # of the latest replay: the graphs share memory, whatever the stream
         self._lock = threading.Lock()
 

@@ -161,7 +161,8 @@ class TritonBackend(TorchBackend):
         """LN(residual + W·x): one kernel in inference where one row fits, else the product, then the rest."""
         fused = not torch.is_grad_enabled() and self._covers("linear", x, weights.weight)
         fused = fused and not training and not self._overrides("linear", "add_layer_norm", "layer_norm")
-        if fused and supports_rows(*reversed(weights.weight.shape), x.dtype, hardware(x.device)) is None:
+        width, depth = weights.weight.shape
+        if fused and supports_rows(depth, width, x.dtype, hardware(x.device)) is None:
             operands = x, weights.weight, weights.bias, residual, norm.weight, norm.bias
             return linear_add_layer_norm(*operands, norm.eps)
         update = F.dropout(self.linear(x, weights), self.config.hidden_dropout, training)
@@ -191,9 +192,12 @@ STEPS = (
 )  # fmt: skip
 
 
-def _launch(tensors: encoder.EncoderTensors, *tokens: Tensor) -> Tensor:
+def _launch(
+    tensors: encoder.EncoderTensors, ids: Tensor, type_ids: Tensor, positions: Tensor, cu_seqlens: Tensor
+) -> Tensor:
     """Launch the encoder in the form that CUDA graphs record: nothing depends on the sequences' lengths."""
-    return encoder.launch(*tokens, None, tensors.weights, tensors.num_heads, tensors.eps)
+    weights, num_heads, eps = tensors.weights, tensors.num_heads, tensors.eps
+    return encoder.launch(ids, type_ids, positions, cu_seqlens, None, weights, num_heads, eps)
 
 
 class TritonWithoutGraphs(TritonBackend):

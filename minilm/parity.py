@@ -203,7 +203,7 @@ def _encoder(backend: TorchBackend, model: MiniLM, batch: PackedBatch) -> Tensor
     whole = backend.whole(batch, model)
     if whole is not None:
         return whole
-    x = model.embeddings(batch, backend)
+    x: Tensor = model.embeddings(batch, backend)
     for layer in model.layers:
         x = layer(x, batch, backend)
     return x

@@ -75,7 +75,7 @@ def test_the_map_names_every_module_and_no_other(folder):
 def test_the_reference_models_example_runs(modelscope_cache, monkeypatch):
     """The block that needs the reference model's folder, on a folder in its place with weights we have."""
     monkeypatch.setenv("MODELSCOPE_CACHE", str(modelscope_cache))
-    (code,) = (code for language, code in BLOCKS if language == "py")
+    code = next(code for language, code in BLOCKS if language == "py" and "pipeline(" in code)
     namespace: dict[str, object] = {}
     statements, end, call = code.partition('-sts")\n')
     exec(compile(statements + end, "README.md", "exec"), namespace)
@@ -83,3 +83,33 @@ def test_the_reference_models_example_runs(modelscope_cache, monkeypatch):
     assert result["text_embedding"].shape == (5, 384)
     assert result["scores"] == pytest.approx([25.30560, 4.58426, 13.40046, 16.68110], abs=1e-4)  # ModelScope's own
     assert namespace["embed"].encoder.encoding.pooling == "mean"
+
+
+@pytest.fixture
+def own_attention(tmp_path, monkeypatch, canonical_folder):  # noqa: ARG001 - fetched before the commands load it
+    """The worked example's file, in the current folder."""
+    code = next(code for language, code in BLOCKS if language == "py" and "OwnAttention" in code)
+    (tmp_path / "own_attention.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return code
+
+
+def commands(program):
+    """Each shown command line of a program's subcommand, as its arguments."""
+    lines = (code.replace("\\\n", "").strip() for language, code in BLOCKS if language == "sh")
+    return [shlex.split(line)[1:] for line in lines if line.startswith(f"minilm {program}")]
+
+
+def test_the_worked_example_proves_itself(own_attention, capsys):
+    assert len(own_attention.splitlines()) <= 30
+    (command,) = commands("parity")
+    assert main([*command, "--device", "cpu", "--dtype", "float32", "--quick"]) == 0
+    assert "within their limits" in capsys.readouterr().out
+
+
+def test_the_worked_example_is_measured(own_attention, capsys):  # noqa: ARG001
+    command = next(command for command in commands("bench") if "own_attention.py:OwnAttention" in " ".join(command))
+    shorter = {"--seconds": "2", "--workloads": "text-short-1"}
+    arguments = [shorter.get(previous, word) for previous, word in zip(["", *command[:-1]], command, strict=True)]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert "own" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""Pictures: what is drawn, by looking at the axes; that nothing lies upon anything else was looked at by eye."""
+
+import copy
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from minilm.bench.plots import plot
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return a function that plots a report and returns its axes by title, having checked the PNG."""
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        save(figure, *args, **{**options, "dpi": 30})
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(report, baseline=None):
+        file = io.BytesIO()
+        plot(report, file, baseline)
+        assert file.getvalue().startswith(b"\x89PNG")
+        return {axes.get_title(loc="left"): axes for axes in figures[-1].axes}
+
+    return draw
+
+
+def legend(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_bars_are_speeds_relative_to_the_baseline(drawn, cpu_report):
+    (axes,) = drawn(cpu_report, "sentence-transformers").values()
+    assert legend(axes) == [engine["name"] for engine in cpu_report["engines"]]
+    times = {(r["workload"], r["engine"]): r["seconds"]["median"] for r in cpu_report["results"]}
+    workloads = [workload["name"] for workload in cpu_report["workloads"]]
+    bars = [container for container in axes.containers if hasattr(container, "patches")]
+    for engine, container in zip(cpu_report["engines"], bars, strict=True):
+        expected = [times[w, "sentence-transformers"] / times[w, engine["name"]] for w in workloads]
+        assert [patch.get_height() for patch in container.patches] == pytest.approx(expected)
+
+
+def test_gpu_has_a_roofline_and_speed_by_length(drawn, gpu_report):
+    axes = drawn(gpu_report)
+    names = [
+        "Roofline: the model alone, every length and batch size",
+        "The model alone: batches of 64k tokens",
+        "Attention alone: batches of 64k tokens",
+        "From text to vectors",
+    ]
+    assert list(axes) == names
+    roofline, by_length, attention, _ = axes.values()
+    notes = [text.get_text() for text in roofline.texts]
+    assert any("782 TFLOP/s" in note for note in notes)
+    assert sum("TB/s" in note for note in notes) == 2
+    assert all(text.get_rotation() > 20 for text in roofline.texts if "TB/s" in text.get_text())
+    assert [label.get_text() for label in by_length.get_xticklabels()] == [
+        "16",
+        "32",
+        "64",
+        "128",
+        "256",
+        "512",
+        "mixed",
+    ]
+    assert legend(by_length)[:2] == ["triton", "torch"]
+    assert legend(attention) == ["triton", "torch", "padded-attention", "varlen-attention"]
+
+
+def test_roofline_points_are_the_results(drawn, gpu_report):
+    roofline = drawn(gpu_report)["Roofline: the model alone, every length and batch size"]
+    (points,) = [c for c in roofline.collections if c.get_label() == "triton"]
+    results = [r for r in gpu_report["results"] if r["engine"] == "triton" and r["workload"].startswith("tokens")]
+    drawn_points = sorted(map(tuple, points.get_offsets().tolist()))
+    expected = sorted((r["flops_per_byte"], r["flops_per_second"]) for r in results)
+    assert np.array(drawn_points) == pytest.approx(np.array(expected))
+
+
+def test_a_wrong_backend_is_marked(drawn, cpu_report):
+    report = copy.deepcopy(cpu_report)
+    report["engines"][1]["status"] = "wrong"
+    (axes,) = drawn(report).values()
+    assert legend(axes)[1] == "int8.py:Int8 (wrong)"
+
+
+def test_holes_are_no_obstacle(drawn, gpu_report):
+    """Engines without results, workloads that only one engine did, a machine without ceilings."""
+    kept = {"text-short-1", "tokens-16-1k", "attention-mixed-64k"}
+    results = [r for r in gpu_report["results"] if r["workload"] in kept and r["engine"] == "triton"]
+    axes = drawn({**gpu_report, "results": results, "ceilings": {}})
+    assert len(axes) == 4
+    peer = [r for r in gpu_report["results"] if r["engine"] == "sentence-transformers"]
+    drawn({**gpu_report, "results": peer}, "triton")
+
+
+def test_nothing_to_plot(cpu_report):
+    with pytest.raises(ValueError, match="nothing was measured"):
+        plot(cpu_report | {"results": []}, io.BytesIO())
+    with pytest.raises(ValueError, match="baseline"):
+        plot(cpu_report, io.BytesIO(), "x")
+
+
+def test_matplotlib_is_imported_only_to_plot_and_its_lack_is_explained(cpu_report, monkeypatch):
+    code = "import sys, minilm.bench.plots, minilm.bench.measure; print({'matplotlib', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install \"minilm\[plots\]\""):
+        plot(cpu_report, io.BytesIO())

@@ -86,7 +86,7 @@ def _automatic(config: MiniLMConfig, device: str) -> TorchBackend:
 def _module(place: str, choice: str) -> ModuleType:
     """Import a module by name, or from a file."""
     try:
-        return _module_of_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
+        return module_of_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
         if choice in BACKENDS:
             reason = f'{error}; pip install "minilm[{choice}]" brings what it needs'
@@ -98,7 +98,7 @@ def _module(place: str, choice: str) -> ModuleType:
 
 
 @cache
-def _module_of_file(path: Path) -> ModuleType:
+def module_of_file(path: Path) -> ModuleType:
     """Run a file as a module, once."""
     name = str(path)
     spec = importlib.util.spec_from_file_location(name, path)

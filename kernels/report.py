@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import triton
 
-from minilm.kernels.backend import _module_of_file
+from minilm.kernels.backend import module_of_file
 from minilm.kernels.launch import GFX_942, SM_80, SM_89, SM_90, Hardware, Launch
 
 KERNELS = (
@@ -220,7 +220,7 @@ def _examples(row: Row) -> dict[str, Launch]:
     if row.kernel in KERNELS:
         module = importlib.import_module(f"minilm.kernels.{row.kernel}")
     else:
-        module = _module_of_file(Path(row.kernel).resolve())
+        module = module_of_file(Path(row.kernel).resolve())
     if not hasattr(module, "examples"):
         raise ValueError(f"{row.kernel} has no function examples(dtype, hardware)")
     examples: dict[str, Launch] = module.examples(DTYPES[row.dtype], HARDWARE[row.hardware])

@@ -76,7 +76,7 @@ def test_plain_torch_is_right(encoder):
     wrong, rows = failed(encoder, "torch")
     assert not wrong
     assert {row.operation for row in rows} >= {*OPERATIONS, "attention, gradients", "encoder, gradients", "vectors"}
-    assert all(0 <= row.plain < 1e-4 for row in rows)
+    assert all(0 <= row.plain < 1e-4 for row in rows)  # where the truth is 0, as some gradients are, too
     assert all(row.limit == pytest.approx(2 * row.plain + 1e-6) for row in rows)
 
 

@@ -20,7 +20,7 @@ from minilm.kernels import attention, embedding, layer_norm, linear, linear_laye
 from minilm.kernels.launch import cpu_kernel, hardware
 from minilm.kernels.operands import EncoderWeights
 
-SHORT = 64  # tokens: a tile of the by-sequence kernel holds as many queries, and shorter sequences leave it part empty
+SHORT = 32  # tokens: sequences that fill less than half a tile of the by-sequence kernel
 
 
 class EmbeddingTensors(NamedTuple):

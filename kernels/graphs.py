@@ -27,7 +27,7 @@ Compute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class _Recorded:
     """One graph, what it reads and what it writes."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], object]
     ids: Tensor
     type_ids: Tensor
     positions: Tensor
@@ -99,18 +99,16 @@ class EncoderGraphs:
         ids, type_ids, positions = torch.zeros(3, bucket, dtype=torch.int64, device=device).unbind()
         cu_seqlens = torch.full((bucket + 1,), bucket, dtype=torch.int32, device=device)
         cu_seqlens[0] = 0
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 out = torch.empty_like(compute(ids, type_ids, positions, cu_seqlens))
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                out.copy_(compute(ids, type_ids, positions, cu_seqlens))
-        return _Recorded(graph, ids, type_ids, positions, cu_seqlens, out)
+            replay = capture(lambda: out.copy_(compute(ids, type_ids, positions, cu_seqlens)), self._pool)
+        return _Recorded(replay, ids, type_ids, positions, cu_seqlens, out)
 
     def _replay(self, recorded: _Recorded, batch: Packed) -> Tensor:
         """Copy the batch in, run, copy the result out."""
@@ -123,8 +121,17 @@ class EncoderGraphs:
             recorded.positions[:num_tokens].copy_(batch.positions)
             recorded.cu_seqlens[:num_bounds].copy_(batch.cu_seqlens)
             recorded.cu_seqlens[num_bounds:].fill_(num_tokens)
-            recorded.graph.replay()
+            recorded.replay()
             result = recorded.out[:num_tokens].clone()
             self._done = torch.cuda.Event()
             self._done.record()
         return result
+
+
+def capture(step: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """Record what `step` launches, its memory from `pool`, and return what launches it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    replay: Callable[[], object] = graph.replay
+    return replay

@@ -21,6 +21,8 @@ from minilm.kernels.attention import attention
 from minilm.kernels.attention import supports as supports_head_size
 from minilm.kernels.backend import BackendWarning
 from minilm.kernels.embedding import embed
+from minilm.kernels.feed_forward import feed_forward
+from minilm.kernels.feed_forward import supports as feed_forward_supports
 from minilm.kernels.graphs import EncoderGraphs
 from minilm.kernels.launch import INTERPRETED, hardware
 from minilm.kernels.layer_norm import add_layer_norm
@@ -200,8 +202,37 @@ def _launch(
     return encoder.launch(ids, type_ids, positions, cu_seqlens, None, weights, num_heads, eps)
 
 
-class TritonWithoutGraphs(TritonBackend):
-    """The same, each kernel launched from Python: what CUDA graphs gain is measured against it."""
+# Candidates and what they are measured against: `minilm bench --backend minilm.kernels.triton_backend:NAME,...`
+
+
+class WithoutGraphs(TritonBackend):
+    """Each kernel launched from Python: what CUDA graphs gain is measured against it."""
 
     name = "triton without graphs"
     graph_tokens = 0
+
+
+class StepByStep(TritonBackend):
+    """Each operation called by itself: what a candidate for one of them gains is measured against it."""
+
+    name = "triton step by step"
+
+    def whole(self, batch: Packed, weights: EncoderWeights) -> Tensor | None:  # noqa: ARG002 - never in one go
+        """Return None: step by step."""
+        return None
+
+
+class WholeFeedForward(StepByStep):
+    """The feed-forward block as one kernel, to be kept if it is 1.1 times as fast as `StepByStep` on a GPU."""
+
+    name = "triton with one-kernel feed-forward"
+
+    def feed_forward_block(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        """LN(x + W_2·gelu(W_1·x))."""
+        first, second, norm = layer.feed_forward.intermediate, layer.feed_forward.output, layer.feed_forward_norm
+        inner_width, width = first.weight.shape
+        fits = feed_forward_supports(width, inner_width, x.dtype, hardware(x.device)) is None
+        if torch.is_grad_enabled() or layer.training or not fits:
+            return super().feed_forward_block(x, layer)
+        weights = first.weight, first.bias, second.weight, second.bias, norm.weight, norm.bias
+        return feed_forward(x, *weights, norm.eps)

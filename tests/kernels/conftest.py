@@ -1,14 +1,10 @@
 """How kernels are judged: against float64, beside plain torch at the same dtype, in memory full of NaN."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: they then run on the CPU
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minilm.kernels import layer_norm
-from minilm.kernels.launch import Hardware, Launch, block_size, cpu_kernel, expect_shapes
+from minilm.kernels.launch import Hardware, Launch, cpu_kernel, expect_shapes, row_blocks
 
 CHUNK = 128  # how many tokens of the sorted order are added up ahead, where they share a table row
 
@@ -204,16 +204,11 @@ def table_kernel(
 # Their launches.
 
 
-def _blocks(width: int) -> dict[str, int]:
-    """Return the kernels' constants: a program takes about 2,048 numbers at once."""
-    return {"C": width, "BLOCK_C": block_size(width), "BLOCK_T": max(1, 2048 // block_size(width))}
-
-
 def _arguments(lookup: Lookup) -> dict[str, Any]:
     """Return the arguments that say what to add up."""
     sizes = {"num_tokens": "ids", "num_words": "word", "num_types": "token_type", "num_positions": "position"}
     tensors = lookup._asdict()
-    return {**tensors, **{size: len(tensors[name]) for size, name in sizes.items()}, **_blocks(lookup.word.shape[1])}
+    return {**tensors, **{size: len(tensors[name]) for size, name in sizes.items()}, **row_blocks(lookup.word.shape[1])}
 
 
 def forward_launch(
@@ -236,7 +231,7 @@ def table_launches(
     d_sum: Tensor, order: Tensor, sorted_ids: Tensor, stretches: Tensor, chunks: Tensor, d_table: Tensor
 ) -> tuple[Launch, Launch]:
     """Return the launches that write `chunks` (float32 `[T // CHUNK, C]`) and, from them, `d_table`."""
-    common = {**_blocks(d_sum.shape[1]), "d_sum": d_sum, "order": order, "CHUNK": CHUNK, "chunks": chunks}
+    common = {**row_blocks(d_sum.shape[1]), "d_sum": d_sum, "order": order, "CHUNK": CHUNK, "chunks": chunks}
     return (
         Launch(chunk_kernel, (len(chunks),), {**common, "sorted_ids": sorted_ids}),
         Launch(table_kernel, (len(d_table),), {**common, "stretches": stretches, "d_table": d_table}),

@@ -166,6 +166,11 @@ def block_size(width: int) -> int:
     return size
 
 
+def row_blocks(width: int) -> dict[str, int]:
+    """Return the constants of a kernel that takes whole rows: a program holds about 2,048 numbers at once."""
+    return {"C": width, "BLOCK_C": block_size(width), "BLOCK_T": max(1, 2048 // block_size(width))}
+
+
 def expect_shapes(operation: str, **tensors: tuple[Tensor | None, str]) -> None:
     """Check operands against one another, as in `expect_shapes("linear", x=(x, "T K"), weight=(weight, "N K"))`.
 

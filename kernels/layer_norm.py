@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minilm.kernels.launch import Hardware, Launch, block_size, cpu_kernel, expect_shapes
+from minilm.kernels.launch import Hardware, Launch, cpu_kernel, expect_shapes, row_blocks
 
 BACKWARD_PROGRAMS = 256  # at most; set by the number of rows alone, so that the order of summation is
 
@@ -103,23 +103,17 @@ def backward_kernel(
 # Their launches.
 
 
-def _rows_at_once(width: int) -> int:
-    """Return how many rows a program takes: about 2,048 numbers."""
-    return max(1, 2048 // block_size(width))
-
-
 def forward_launch(
     update: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     out: Tensor, mean: Tensor, rstd: Tensor,
 ) -> Launch:  # fmt: skip
     """Return the launch that writes `out`, `mean` and `rstd`."""
-    num_rows, width = update.shape
-    rows = _rows_at_once(width)
+    num_rows, blocks = len(update), row_blocks(update.shape[1])
     arguments = {
         "update": update, "residual": residual, "weight": weight, "bias": bias, "out": out, "mean": mean, "rstd": rstd,
-        "num_rows": num_rows, "eps": eps, "C": width, "BLOCK_C": block_size(width), "BLOCK_T": rows,
+        "num_rows": num_rows, "eps": eps, **blocks,
     }  # fmt: skip
-    return Launch(forward_kernel, (triton.cdiv(num_rows, rows),), arguments)
+    return Launch(forward_kernel, (triton.cdiv(num_rows, blocks["BLOCK_T"]),), arguments)
 
 
 def backward_launch(
@@ -127,11 +121,10 @@ def backward_launch(
     d_x: Tensor, d_weight: Tensor, d_bias: Tensor,
 ) -> Launch:  # fmt: skip
     """Return the launch that writes `d_x` `[T, C]` and each program's `d_weight` and `d_bias`, float32 `[P, C]`."""
-    num_rows, width = update.shape
     arguments = {
         "d_out": d_out, "update": update, "residual": residual, "weight": weight, "mean": mean, "rstd": rstd,
         "d_x": d_x, "d_weight": d_weight, "d_bias": d_bias,
-        "num_rows": num_rows, "C": width, "BLOCK_C": block_size(width), "BLOCK_T": _rows_at_once(width),
+        "num_rows": len(update), **row_blocks(update.shape[1]),
     }  # fmt: skip
     return Launch(backward_kernel, (len(d_weight),), arguments)
 
@@ -167,7 +160,7 @@ def launch_backward(
     d_out, update = d_out.contiguous(), update.contiguous()
     residual = None if residual is None else residual.contiguous()
     d_x = torch.empty_like(update)
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(len(update), _rows_at_once(update.shape[1])))
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(len(update), row_blocks(update.shape[1])["BLOCK_T"]))
     partial = torch.empty(2, programs, update.shape[1], dtype=torch.float32, device=update.device)
     backward_launch(d_out, update, residual, weight, mean, rstd, d_x, partial[0], partial[1])()
     d_weight, d_bias = partial.sum(dim=1).to(weight.dtype).unbind()

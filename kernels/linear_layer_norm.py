@@ -255,7 +255,7 @@ def _forward(
 
 @_forward.register_fake
 def _(x: Tensor, _: Tensor, __: Tensor, residual: Tensor, *___: Any) -> tuple[Tensor, ...]:
-    statistic = x.new_empty(len(x), dtype=torch.float32)
+    statistic = x.new_empty(x.shape[0], dtype=torch.float32)  # len() would fix T in a compiled graph
     return x.new_empty(residual.shape), statistic, torch.empty_like(statistic)
 
 

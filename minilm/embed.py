@@ -160,16 +160,12 @@ class Embedder:
         """Return the vectors of texts given as one or more pieces each: `[n, C]`, normalised if the model does."""
         pieces = [piece for text in fitted for piece in text]
         pooled = self._empty(len(pieces))
-        first = 1 if self.encoding.first_hidden_state == "first_layer" else 0
         one_piece_each = len(pieces) == len(fitted)
         normalize = self.encoding.normalize and one_piece_each
-        averages_layers = self.encoding.pooling in ("avg_top2", "avg_first_last")
 
         def place(indices: list[int]) -> None:
             batch = self._pack([pieces[i] for i in indices])
-            output = self.model(batch, hidden_states=averages_layers)
-            states = output.hidden_states or (output.last_hidden_state,)
-            pooled[indices] = self.model.backend.pool(states, batch, self.encoding.pooling, first, normalize).float()
+            pooled[indices] = pooled_vectors(self.model, batch, self.encoding, normalize).float()
             advance(len(indices) if one_piece_each else 0)
 
         self._for_each_batch(place, [len(piece) for piece in pieces])
@@ -207,6 +203,14 @@ class Embedder:
     def _pack(self, pieces: list[TokenizedText]) -> PackedBatch:
         """Pack pieces on the model's device."""
         return PackedBatch.from_sequences([p.ids for p in pieces], [p.type_ids for p in pieces], self.device)
+
+
+def pooled_vectors(model: MiniLM, batch: PackedBatch, encoding: EncodingConfig, normalize: bool) -> Tensor:
+    """Return the vectors of a packed batch, `[B, C]`, pooled as `encoding` says, scaled to length 1 if `normalize`."""
+    output = model(batch, hidden_states=encoding.pooling in ("avg_top2", "avg_first_last"))
+    states = output.hidden_states or (output.last_hidden_state,)
+    first = 1 if encoding.first_hidden_state == "first_layer" else 0
+    return model.backend.pool(states, batch, encoding.pooling, first, normalize)
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

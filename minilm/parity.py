@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -20,7 +21,7 @@ from minilm.config import POOLINGS
 from minilm.encoder import SentenceEncoder
 from minilm.kernels.backend import BackendChoice, make_backend
 from minilm.kernels.torch_backend import TorchBackend
-from minilm.model import Layer, MiniLM
+from minilm.model import Layer, MiniLM, MiniLMOutput
 from minilm.progress import progress_bar
 
 LENGTHS = {
@@ -119,30 +120,44 @@ class Trial:
             name: _batch([min(n, encoder.config.max_positions) for n in lengths], encoder.device)
             for name, lengths in cases.items()
         }
+        self.operands = {name: _operands(self.exact, batch, dtype) for name, batch in self.batches.items()}
 
     def rows(self, operation: str, compute: Outcome) -> Iterator[Row]:
         """Check one operation's results, and its gradients, in every case."""
         for name, gradients in ((operation, False), (f"{operation}, gradients", True)):
             if gradients and (operation in NOT_DIFFERENTIABLE or not self.backend.differentiable):
                 continue
-            outcomes = [self._row(name, case, compute, batch, gradients) for case, batch in self.batches.items()]
+            outcomes = [self._row(name, case, compute, gradients) for case in self.batches]
             yield max(outcomes, key=lambda row: (not row.ok, row.error / row.limit))
 
-    def _row(self, name: str, case: str, compute: Outcome, batch: PackedBatch, gradients: bool) -> Row:
+    def _row(self, name: str, case: str, compute: Outcome, gradients: bool) -> Row:
         """Compute one operation three times: exactly, plainly, and by the backend."""
-        evaluate = _gradients if gradients else _values
-        operands = _operands(self.exact, batch, self.dtype)
+        evaluate, batch = _gradients if gradients else _values, self.batches[case]
+        operands = {k: x.clone() for k, x in self.operands[case].items()}  # a backend may write into what it is given
         with torch.inference_mode(not gradients):
             exact = evaluate(compute, self.plain, self.exact, batch, {k: x.double() for k, x in operands.items()})
             found = evaluate(compute, self.plain, self.model, batch, operands)
             plain = _error(found, exact)
             limit = 2 * plain + max(FLOORS[x.dtype] for x in found)
-            try:
-                error = _error(evaluate(compute, self.backend, self.model, batch, operands), exact)
-            except Exception as failure:  # whatever an experiment raises is its result
-                message = f"{type(failure).__name__}: {failure}".splitlines()[0]
-                return Row(name, _name(self.dtype), case, float("nan"), plain, limit, message)
-        return Row(name, _name(self.dtype), case, error, plain, limit)
+            attempt = partial(evaluate, compute, self.backend, self.model, batch, operands)
+            return self._judged(name, case, attempt, exact, plain, limit)
+
+    def _judged(
+        self,
+        name: str,
+        case: str,
+        attempt: Callable[[], Sequence[Tensor]],
+        exact: Sequence[Tensor],
+        plain: float,
+        limit: float,
+    ) -> Row:
+        """Compare what the backend computes with the truth; whatever an experiment raises is its result."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        try:
+            return Row(name, dtype, case, _error(attempt(), exact), plain, limit)
+        except Exception as failure:
+            message = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            return Row(name, dtype, case, float("nan"), plain, limit, message)
 
     def vectors(self, texts: Sequence[str]) -> Row:
         """Check whole vectors, from texts, against float64 with the weights as they are."""
@@ -157,12 +172,7 @@ class Trial:
         exact = encode(copy.deepcopy(self.encoder.model).double(), "torch")
         plain = _error([encode(self.model, "torch")], [exact])
         limit, case = 2 * plain + FLOORS[self.dtype], f"{len(texts)} texts"
-        try:
-            error = _error([encode(self.model, self.choice)], [exact])
-        except Exception as failure:  # as above
-            message = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            return Row("vectors", _name(self.dtype), case, float("nan"), plain, limit, message)
-        return Row("vectors", _name(self.dtype), case, error, plain, limit)
+        return self._judged("vectors", case, lambda: [encode(self.model, self.choice)], [exact], plain, limit)
 
 
 # The operations, each on operands of the third layer.
@@ -199,14 +209,10 @@ NOT_DIFFERENTIABLE = ("attention_probabilities",)  # nothing trains through thes
 
 
 def _encoder(backend: TorchBackend, model: MiniLM, batch: PackedBatch) -> Tensor:
-    """Return the last hidden state, as `MiniLM.forward` comes by it."""
-    whole = backend.whole(batch, model)
-    if whole is not None:
-        return whole
-    x: Tensor = model.embeddings(batch, backend)
-    for layer in model.layers:
-        x = layer(x, batch, backend)
-    return x
+    """Return the last hidden state."""
+    with model.use_backend(type(backend)):
+        output: MiniLMOutput = model(batch)
+    return output.last_hidden_state
 
 
 def _operands(exact: MiniLM, batch: PackedBatch, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -266,7 +272,3 @@ def _batch(lengths: list[int], device: torch.device) -> PackedBatch:
     ids = torch.randint(1_000, 20_000, (sum(lengths),), generator=generator).tolist()
     ends = list(accumulate(lengths))
     return PackedBatch.from_sequences([ids[end - n : end] for n, end in zip(lengths, ends, strict=True)], None, device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

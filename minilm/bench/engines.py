@@ -184,12 +184,10 @@ def vectors(encoder: SentenceEncoder, batch: PackedBatch) -> Tensor:
     """Return the vectors of a packed batch, as `SentenceEncoder.encode` computes them: float32 `[B, C]`."""
     import torch
 
-    encoding, model = encoder.encoding, encoder.model
-    first = 1 if encoding.first_hidden_state == "first_layer" else 0
+    from minilm.embed import pooled_vectors
+
     with torch.inference_mode():
-        output = model(batch, hidden_states=encoding.pooling in ("avg_top2", "avg_first_last"))
-        states = output.hidden_states or (output.last_hidden_state,)
-        return model.backend.pool(states, batch, encoding.pooling, first, encoding.normalize)
+        return pooled_vectors(encoder.model, batch, encoder.encoding, encoder.encoding.normalize)
 
 
 def make_engine(choice: Choice) -> Engine:

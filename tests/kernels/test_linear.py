@@ -191,3 +191,12 @@ def test_dtypes_that_do_not_fit_are_named(x_dtype, dtypes, device):
     x, weight, bias = torch.zeros(3, 64, dtype=x_dtype), torch.zeros(96, 64, dtype=rest), torch.zeros(96, dtype=rest)
     with pytest.raises(TypeError, match=dtypes):
         linear(*(v.to(device) for v in (x, weight, bias)))
+
+
+def test_one_compiled_graph_serves_every_number_of_rows(device):
+    torch._dynamo.reset()  # other tests compile the same function for dtypes and shapes of theirs
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, bias = torch.randn(32, 64, device=device), torch.randn(32, device=device)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9):
+            assert compiled(torch.randn(rows, 64, device=device), weight, bias).shape == (rows, 32)

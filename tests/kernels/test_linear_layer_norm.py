@@ -207,3 +207,13 @@ def test_dtypes_that_do_not_fit_are_named(device):
     (x, weight, bias, residual, *norm), _ = operands(3, 64, 128, torch.float32, device)
     with pytest.raises(TypeError, match=r"residual torch.float16"):
         linear_add_layer_norm(x, weight, bias, residual.half(), *norm, 1e-12)
+
+
+def test_one_compiled_graph_serves_every_number_of_rows(device):
+    torch._dynamo.reset()  # other tests compile the same function for dtypes and shapes of theirs
+    compiled = torch.compile(linear_add_layer_norm, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, row = torch.randn(64, 64, device=device), torch.randn(64, device=device)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 9):
+            x = torch.randn(rows, 64, device=device)
+            assert compiled(x, weight, row, x, row, row, 1e-12).shape == (rows, 64)

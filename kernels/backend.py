@@ -15,9 +15,11 @@ from minilm.kernels.torch_backend import TorchBackend
 
 BACKENDS = {
     "torch": "minilm.kernels.torch_backend:TorchBackend",
+    "packed": "minilm.kernels.packed_backend:PackedBackend",
+    "int8": "minilm.kernels.int8_backend:Int8Backend",
     "triton": "minilm.kernels.triton_backend:TritonBackend",
 }
-AUTOMATIC = {"cuda": "triton"}  # what `auto` tries on a kind of device before plain torch
+AUTOMATIC = {"cpu": "packed", "cuda": "triton"}  # what `auto` tries on a kind of device before plain torch
 
 BackendChoice = str | type[TorchBackend]
 

@@ -38,6 +38,13 @@ class Packed(Protocol):
     def max_seqlen(self) -> int: ...
 
     @property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbouring sequences of equal length L: (first token row, number of sequences n, L), in the batch's order.
+
+        Sequences come longest first from `SentenceEncoder`, so there a run holds all sequences of its length.
+        """
+
+    @property
     def length_groups(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """For each distinct length L: the sequences' indices `[n]` and their token rows `[n, L]`."""
 

@@ -6,7 +6,7 @@ Sources: Devlin et al. 2019 (BERT, post-LayerNorm); Vaswani et al. 2017 (attenti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,21 @@ from minilm.kernels.operands import AttentionWeights, EmbeddingWeights, EncoderW
 
 
 class TorchBackend:
-    """Plain torch on any device and dtype, differentiable. Subclass it and override what you make faster."""
+    """Plain torch on any device and dtype, differentiable. Subclass it and override what you make faster.
+
+    Attributes:
+        name: what tables and messages call it.
+        differentiable: whether gradients can be had through its operations.
+        min_cosine: for a backend that approximates: the cosine to plain torch's vectors that it keeps; None if exact.
+        best_batch_tokens: at most so many tokens should share a batch; None if more are always better.
+        needs_input_ranges: whether linear maps must know the ranges of their inputs (`minilm.activations`).
+    """
 
     name = "torch"
     differentiable = True
+    min_cosine: float | None = None
+    best_batch_tokens: int | None = None
+    needs_input_ranges = False
 
     def __init__(self, config: MiniLMConfig) -> None:
         """Keep the sizes."""
@@ -42,6 +53,10 @@ class TorchBackend:
         For backends that gain by seeing all layers at once; never called when hidden states in between are wanted.
         """
         return None
+
+    def overrides(self, base: type[TorchBackend], *operations: str) -> bool:
+        """Whether a subclass of `base` has one of these operations (of all, if none are named) its own way."""
+        return any(getattr(type(self), name) is not getattr(base, name) for name in operations or STEPS)
 
     # The encoder's four steps.
 
@@ -82,9 +97,9 @@ class TorchBackend:
         Raises:
             ValueError: an unknown pooling.
         """
-        reduce = _REDUCTIONS.get(pooling)
+        reduce = REDUCTIONS.get(pooling)
         if reduce is None:
-            raise ValueError(f"pooling must be one of {', '.join(_REDUCTIONS)}; got {pooling!r}")
+            raise ValueError(f"pooling must be one of {', '.join(REDUCTIONS)}; got {pooling!r}")
         x = hidden_states[-1]
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         other = self.second_state(hidden_states, pooling, first)
@@ -145,7 +160,11 @@ class TorchBackend:
         return self.layer_norm(update + residual, weights)
 
 
-_REDUCTIONS = {  # [n, L, C] -> [n, C]
+STEPS = (
+    "embed", "attention_block", "feed_forward_block", "project_heads", "attention", "linear", "gelu", "layer_norm",
+    "add_layer_norm",
+)  # fmt: skip
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # [n, L, C] -> [n, C]
     "mean": lambda x: x.mean(dim=1),
     "cls": lambda x: x[:, 0],
     "max": lambda x: x.amax(dim=1),

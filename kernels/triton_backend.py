@@ -185,13 +185,7 @@ class TritonBackend(TorchBackend):
 
     def _overrides(self, *operations: str) -> bool:
         """Whether a subclass has any of these operations (or of all) its own way, so that none may be fused."""
-        return any(getattr(type(self), name) is not getattr(TritonBackend, name) for name in operations or STEPS)
-
-
-STEPS = (
-    "embed", "attention_block", "feed_forward_block", "project_heads", "attention", "linear", "gelu", "layer_norm",
-    "add_layer_norm",
-)  # fmt: skip
+        return self.overrides(TritonBackend, *operations)
 
 
 def _launch(

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -45,19 +47,20 @@ class PackedBatch:
         Raises:
             ValueError: there is no sequence, a sequence is empty, or `type_ids` has other lengths.
         """
-        lengths = tuple(len(sequence) for sequence in sequences)
+        lengths = tuple(map(len, sequences))
         if not lengths or min(lengths) == 0:
             raise ValueError(f"expected at least one sequence and a token in each, got lengths {list(lengths)}")
-        if type_ids is not None and tuple(len(types) for types in type_ids) != lengths:
+        if type_ids is not None and tuple(map(len, type_ids)) != lengths:
             raise ValueError("type_ids must have one entry for each token, in sequences of the same lengths")
-        flat_types = [t for types in type_ids for t in types] if type_ids is not None else [0] * sum(lengths)
-        flat = (
-            [i for sequence in sequences for i in sequence],
-            [p for length in lengths for p in range(length)],
-            flat_types,
-        )
-        ids, positions, types = torch.tensor(flat, dtype=torch.int64, device="cpu").to(device or "cpu")
-        return cls(ids, positions, types, _starts(lengths, device), lengths)
+        starts = _starts(lengths)
+        tokens = np.zeros((3, sum(lengths)), dtype=np.int64)
+        tokens[0] = np.fromiter(chain.from_iterable(sequences), np.int64, tokens.shape[1])
+        tokens[1] = np.arange(tokens.shape[1]) - starts[:-1].repeat(lengths)
+        if type_ids is not None:
+            tokens[2] = np.fromiter(chain.from_iterable(type_ids), np.int64, tokens.shape[1])
+        device = device or "cpu"
+        ids, positions, types = torch.from_numpy(tokens).to(device)
+        return cls(ids, positions, types, torch.from_numpy(starts).to(device), lengths)
 
     @classmethod
     def from_padded(
@@ -83,7 +86,8 @@ class PackedBatch:
             raise ValueError(f"expected a token in every row of attention_mask, got lengths {list(lengths)}")
         ids = input_ids[mask].long()
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids[mask].long()
-        return cls(ids, mask.nonzero()[:, 1], types, _starts(lengths, input_ids.device), lengths)
+        starts = torch.from_numpy(_starts(lengths)).to(input_ids.device)
+        return cls(ids, mask.nonzero()[:, 1], types, starts, lengths)
 
     @property
     def num_sequences(self) -> int:
@@ -99,6 +103,19 @@ class PackedBatch:
     def max_seqlen(self) -> int:
         """The longest sequence's token count."""
         return max(self.lengths)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbouring sequences of equal length, as (first token row, number of sequences, length): host integers.
+
+        The tokens of a run lie together: `x[row : row + n * L].view(n, L, ...)` is rectangular without a copy.
+        """
+        runs, row = [], 0
+        for length, neighbours in groupby(self.lengths):
+            count = sum(1 for _ in neighbours)
+            runs.append((row, count, length))
+            row += count * length
+        return tuple(runs)
 
     @cached_property
     @torch.inference_mode(False)  # kept for later calls, which may want gradients
@@ -136,6 +153,6 @@ class PackedBatch:
         return PackedBatch(ids, positions, type_ids, self.cu_seqlens.to(device), self.lengths)
 
 
-def _starts(lengths: Sequence[int], device: torch.device | str | None) -> Tensor:
+def _starts(lengths: Sequence[int]) -> NDArray[np.int32]:
     """Cumulative lengths from 0 to T, int32 `[B + 1]`."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(device or "cpu")
+    return np.fromiter(accumulate(lengths, initial=0), np.int32, len(lengths) + 1)

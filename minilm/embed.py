@@ -1,6 +1,8 @@
 """From texts to vectors: fitting them into the length limit, planning batches, running the model, normalising.
 
-`SentenceEncoder` is the public face of this; here are its inner steps.
+`SentenceEncoder` is the public face of this; here are its inner steps. Texts are tokenised in the thread that computes:
+it takes a few microseconds a text, and in a thread of its own it would hold the interpreter's lock when the model wants
+to go on, which gains nothing.
 """
 
 from __future__ import annotations
@@ -8,8 +10,9 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Integral
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from minilm import threads
+from minilm.activations import ensure_input_ranges
 from minilm.batch import PackedBatch
 from minilm.config import ON_TRUNCATE, PRECISIONS, EncodingConfig
 from minilm.model import MiniLM
@@ -24,7 +28,7 @@ from minilm.progress import progress_bar
 from minilm.texts import Text
 from minilm.tokenizer import TokenizedText, Tokenizer
 
-BLOCK_SIZE = 8_192  # texts tokenised, sorted by length and encoded together
+BLOCK_TOKENS = 131_072  # texts are tokenised up to as many tokens, sorted by length, and encoded together
 
 
 class TruncationWarning(UserWarning):
@@ -64,7 +68,7 @@ class Embedder:
     """One call's work: a model, the settings that turn its hidden states into vectors, and a count of texts cut.
 
     Attributes:
-        model: the encoder, in evaluation mode.
+        model: the encoder; put into evaluation mode.
         tokenizer: its tokenizer.
         encoding: pooling, normalisation and length limit.
         options: what the call asks for.
@@ -91,17 +95,21 @@ class Embedder:
             texts: checked texts.
             first_index: the first one's place in the caller's input, for messages.
         """
-        rows: dict[Text, int] = {}
-        order = [rows.setdefault(text, len(rows)) for text in texts]
-        unique, copies = list(rows), Counter(order)
-        first_seen = {row: index for index, row in reversed(list(enumerate(order, first_index)))}
-        vectors = self._empty(len(unique))
-        with progress_bar(self.options.show_progress_bar, len(unique), "encode", "text") as advance:
-            for start in range(0, len(unique), BLOCK_SIZE):
-                block = unique[start : start + BLOCK_SIZE]
-                fitted = [self.fit(text, first_seen[row], copies[row]) for row, text in enumerate(block, start)]
-                vectors[start : start + len(block)] = self._block_vectors(fitted, advance)
-        return self._scaled(vectors[order])
+        first_seen: dict[Text, int] = {}
+        for index, text in enumerate(texts, first_index):
+            first_seen.setdefault(text, index)
+        copies = Counter(texts) if len(first_seen) < len(texts) else None
+        width = self.options.truncate_dim or self.model.config.hidden_size
+        vectors = torch.empty(len(first_seen), width, dtype=torch.float32, device=self.device)
+        done = 0
+        with progress_bar(self.options.show_progress_bar, len(first_seen), "encode", "text") as advance:
+            for block in self._blocks(first_seen, copies):
+                self._fill(vectors[done : done + len(block)], block, advance)
+                done += len(block)
+        if copies is None:
+            return vectors
+        rows = {text: row for row, text in enumerate(first_seen)}
+        return vectors[torch.tensor([rows[text] for text in texts], device=vectors.device)]
 
     def token_vectors(self, texts: Sequence[Text]) -> list[Tensor]:
         """Return each text's last hidden state, special tokens included: float32 `[L, C]` each.
@@ -156,53 +164,74 @@ class Embedder:
                 stacklevel=_level_outside(),
             )
 
-    def _block_vectors(self, fitted: list[list[TokenizedText]], advance: Callable[[int], object]) -> Tensor:
-        """Return the vectors of texts given as one or more pieces each: `[n, C]`, normalised if the model does."""
-        pieces = [piece for text in fitted for piece in text]
-        pooled = self._empty(len(pieces))
+    def _blocks(
+        self, first_seen: Mapping[Text, int], copies: Mapping[Text, int] | None
+    ) -> Iterator[list[list[TokenizedText]]]:
+        """Give texts as the pieces of each, in blocks that bound what is in memory however long the texts are."""
+        block: list[list[TokenizedText]] = []
+        room = BLOCK_TOKENS
+        for text, index in first_seen.items():
+            pieces = self.fit(text, index, copies[text] if copies else 1)
+            block.append(pieces)
+            room -= sum(map(len, pieces))
+            if room <= 0:
+                yield block
+                block, room = [], BLOCK_TOKENS
+        if block:
+            yield block
+
+    def _fill(self, vectors: Tensor, fitted: list[list[TokenizedText]], advance: Callable[[int], object]) -> None:
+        """Write the vectors of texts, given as one or more pieces each, to `vectors [n, C]` (or narrower)."""
+        pieces = list(chain.from_iterable(fitted))
         one_piece_each = len(pieces) == len(fitted)
         normalize = self.encoding.normalize and one_piece_each
+        pooled = vectors if one_piece_each else vectors.new_empty(len(pieces), self.model.config.hidden_size)
 
         def place(indices: list[int]) -> None:
             batch = self._pack([pieces[i] for i in indices])
-            pooled[indices] = pooled_vectors(self.model, batch, self.encoding, normalize).float()
+            rows = pooled_vectors(self.model, batch, self.encoding, normalize).float()
+            pooled[indices] = self._scaled(rows) if one_piece_each else rows
             advance(len(indices) if one_piece_each else 0)
 
         self._for_each_batch(place, [len(piece) for piece in pieces])
-        if one_piece_each:
-            return pooled
-        advance(len(fitted))
-        vectors = _merge_windows(pooled, fitted)
-        return F.normalize(vectors, dim=-1) if self.encoding.normalize else vectors
-
-    def _empty(self, rows: int) -> Tensor:
-        """Make room for vectors: float32 `[rows, C]`."""
-        return torch.empty(rows, self.model.config.hidden_size, dtype=torch.float32, device=self.device)
+        if not one_piece_each:
+            merged = _merge_windows(pooled, fitted)
+            vectors.copy_(self._scaled(F.normalize(merged, dim=-1) if self.encoding.normalize else merged))
+            advance(len(fitted))
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         """Keep the dimensions asked for, and scale to length 1 if asked to."""
-        vectors = vectors[:, : self.options.truncate_dim]
+        if self.options.truncate_dim:
+            vectors = vectors[:, : self.options.truncate_dim]
         return F.normalize(vectors, dim=-1) if self.options.normalize_embeddings else vectors
 
     def _for_each_batch(self, place: Callable[[list[int]], None], lengths: list[int]) -> None:
-        """Call `place` with the indices of each planned batch, without gradients."""
+        """Call `place` with the indices of each planned batch, without gradients or dropout."""
+        model = self.model
+        if any(part.training for part in (model, model.embeddings, *model.layers)):  # eval() takes as long as a text
+            model.eval()
+        ensure_input_ranges(model, self.tokenizer)
 
         def run(batches: list[list[int]]) -> None:
             with torch.inference_mode():
                 for indices in batches:
                     place(indices)
 
-        if self.options.deterministic and self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        if self.options.deterministic and on_cpu:
             threads.map_single_threaded(run, [[[i]] for i in range(len(lengths))])
-        elif self.options.deterministic:
+        elif self.options.deterministic or len(lengths) == 1:
             run([[i] for i in range(len(lengths))])
         else:
             token_budget = self.options.batch_size * self.encoding.max_seq_length
+            if on_cpu and model.backend.best_batch_tokens:  # what is small stays in the cache
+                token_budget = min(token_budget, model.backend.best_batch_tokens)
             run(plan_batches(lengths, token_budget))
 
     def _pack(self, pieces: list[TokenizedText]) -> PackedBatch:
         """Pack pieces on the model's device."""
-        return PackedBatch.from_sequences([p.ids for p in pieces], [p.type_ids for p in pieces], self.device)
+        type_ids = [piece.type_ids for piece in pieces] if any(piece.second for piece in pieces) else None
+        return PackedBatch.from_sequences([piece.ids for piece in pieces], type_ids, self.device)
 
 
 def pooled_vectors(model: MiniLM, batch: PackedBatch, encoding: EncodingConfig, normalize: bool) -> Tensor:
@@ -220,7 +249,7 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         if not batches or lengths[index] > room:
             batches.append([])
             room = token_budget

@@ -39,13 +39,27 @@ class Embeddings(nn.Module):
         return backend.embed(batch, self)
 
 
+class Linear(nn.Linear):
+    """W·x + b, and what range each channel of x takes on ordinary text, which 8-bit arithmetic goes by.
+
+    Attributes:
+        input_range: the least and greatest value of each input channel, float32 `[2, K]`; None where never measured.
+    """
+
+    input_range: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("input_range", None, persistent=False)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: query, key and value in one projection, and the output projection."""
 
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = Linear(config.hidden_size, config.hidden_size)
 
 
 class FeedForward(nn.Module):
@@ -53,8 +67,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
-        self.intermediate = nn.Linear(config.hidden_size, config.feed_forward_size)
-        self.output = nn.Linear(config.feed_forward_size, config.hidden_size)
+        self.intermediate = Linear(config.hidden_size, config.feed_forward_size)
+        self.output = Linear(config.feed_forward_size, config.hidden_size)
 
 
 class Layer(nn.Module):

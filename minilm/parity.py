@@ -3,6 +3,8 @@
 The rule is flash-attention's: at each dtype, a backend's largest error against float64 may be twice that of plain torch
 at the same dtype, plus a floor of a few roundings. Errors are relative to the largest entry of the float64 result.
 Operations in float64 get the operands that the others get, rounded to the dtype; whole vectors, the weights unrounded.
+A backend that approximates states the cosine to the truth that it keeps (`TorchBackend.min_cosine`): for it, errors and
+limits are distances of cosines from 1, of each whole result; its gradients are held to the rule above.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from minilm.activations import ensure_input_ranges
 from minilm.batch import PackedBatch
 from minilm.config import POOLINGS
 from minilm.encoder import SentenceEncoder
@@ -45,9 +48,9 @@ class Row:
         operation: its name; `... gradients` for those of all its operands.
         dtype: what it computed in.
         case: whose error was largest beside what was allowed; a key of `LENGTHS`.
-        error: the backend's largest error against float64, relative to the largest entry.
+        error: the backend's largest error against float64, relative to the largest entry; or 1 less a cosine.
         plain: plain torch's.
-        limit: what was allowed: `2 * plain` and a floor.
+        limit: what was allowed: `2 * plain` and a floor; or 1 less the cosine that the backend promises.
         failure: the exception it raised instead, if it did.
     """
 
@@ -88,7 +91,8 @@ def check_parity(
         BackendError: the backend can't be found, or can't run on this device.
     """
     device = encoder.device.type
-    make_backend(choice, encoder.config, device)
+    with encoder.model.use_backend(choice):  # or raise
+        ensure_input_ranges(encoder.model, encoder.tokenizer)
     dtypes = tuple(dtypes or DTYPES.get(device, DTYPES["cpu"]))
     cases = {name: lengths for name, lengths in LENGTHS.items() if name in QUICK or not quick}
     rows: list[Row] = []
@@ -137,10 +141,9 @@ class Trial:
         with torch.inference_mode(not gradients):
             exact = evaluate(compute, self.plain, self.exact, batch, {k: x.double() for k, x in operands.items()})
             found = evaluate(compute, self.plain, self.model, batch, operands)
-            plain = _error(found, exact)
-            limit = 2 * plain + max(FLOORS[x.dtype] for x in found)
             attempt = partial(evaluate, compute, self.backend, self.model, batch, operands)
-            return self._judged(name, case, attempt, exact, plain, limit)
+            floor = max(FLOORS[x.dtype] for x in found)
+            return self._judged(name, case, attempt, exact, found, floor, approximate=not gradients)
 
     def _judged(
         self,
@@ -148,31 +151,37 @@ class Trial:
         case: str,
         attempt: Callable[[], Sequence[Tensor]],
         exact: Sequence[Tensor],
-        plain: float,
-        limit: float,
+        plain: Sequence[Tensor],
+        floor: float,
+        approximate: bool = True,
     ) -> Row:
         """Compare what the backend computes with the truth; whatever an experiment raises is its result."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        promised, dtype = self.backend.min_cosine, str(self.dtype).removeprefix("torch.")
+        if promised is None or not approximate:
+            measure, own = _error, _error(plain, exact)
+            limit = 2 * own + floor
+        else:
+            measure, own, limit = _cosine_error, _cosine_error(plain, exact), 1 - promised
         try:
-            return Row(name, dtype, case, _error(attempt(), exact), plain, limit)
+            return Row(name, dtype, case, measure(attempt(), exact), own, limit)
         except Exception as failure:
             message = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            return Row(name, dtype, case, float("nan"), plain, limit, message)
+            return Row(name, dtype, case, float("nan"), own, limit, message)
 
     def vectors(self, texts: Sequence[str]) -> Row:
         """Check whole vectors, from texts, against float64 with the weights as they are."""
 
-        def encode(model: MiniLM, choice: BackendChoice) -> Tensor:
+        def encode(model: MiniLM, choice: BackendChoice) -> list[Tensor]:
             twin = copy.copy(self.encoder)
             twin.model = model
             with model.use_backend(choice):
                 vectors: Tensor = twin.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True)
-            return vectors.double()
+            return list(vectors.double())
 
         exact = encode(copy.deepcopy(self.encoder.model).double(), "torch")
-        plain = _error([encode(self.model, "torch")], [exact])
-        limit, case = 2 * plain + FLOORS[self.dtype], f"{len(texts)} texts"
-        return self._judged("vectors", case, lambda: [encode(self.model, self.choice)], [exact], plain, limit)
+        plain, case = encode(self.model, "torch"), f"{len(texts)} texts"
+        attempt = partial(encode, self.model, self.choice)
+        return self._judged("vectors", case, attempt, exact, plain, FLOORS[self.dtype])
 
 
 # The operations, each on operands of the third layer.
@@ -264,6 +273,14 @@ def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         for a, b, scale in zip(found, exact, largest, strict=True)
     ]
     return float(torch.stack(errors).max())
+
+
+def _cosine_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return how far below 1 the cosine between all results, as one vector, and their truth is; NaN as above."""
+    if len(found) != len(exact) or any(a.shape != b.shape for a, b in zip(found, exact, strict=True)):
+        return float("nan")
+    ours, truth = (torch.cat([x.double().flatten() for x in results]) for results in (found, exact))
+    return 1 - float(torch.cosine_similarity(ours, truth, dim=0, eps=1e-30))
 
 
 def _batch(lengths: list[int], device: torch.device) -> PackedBatch:

@@ -1,5 +1,7 @@
 """Packing: nothing lost, nothing mixed up, and back."""
 
+import random
+
 import pytest
 import torch
 
@@ -16,6 +18,32 @@ def test_layout():
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 7, 9]
     assert batch.cu_seqlens.dtype == torch.int32
     assert (batch.num_sequences, batch.num_tokens, batch.max_seqlen) == (4, 9, 3)
+
+
+def test_layout_of_many_equals_that_of_each():
+    rng = random.Random(0)
+    sequences = [[rng.randrange(99) for _ in range(rng.choice((1, 2, 9)))] for _ in range(50)]
+    batch = PackedBatch.from_sequences(sequences, [[number % 2] * len(ids) for number, ids in enumerate(sequences)])
+    for index, ids in enumerate(sequences):
+        assert batch.sequence(batch.ids, index).tolist() == ids
+        assert batch.sequence(batch.positions, index).tolist() == list(range(len(ids)))
+        assert batch.sequence(batch.type_ids, index).tolist() == [index % 2] * len(ids)
+        assert batch.cu_seqlens[index : index + 2].diff().item() == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ([4], ((0, 1, 4),)),
+        ([3, 3, 3], ((0, 3, 3),)),
+        ([5, 2, 2, 1, 2], ((0, 1, 5), (5, 2, 2), (9, 1, 1), (10, 1, 2))),
+    ],
+    ids=str,
+)
+def test_runs_are_neighbours_of_one_length(lengths, runs):
+    batch = PackedBatch.from_sequences([[7] * length for length in lengths])
+    assert batch.runs == runs
+    assert [length for _, count, length in batch.runs for _ in range(count)] == lengths
 
 
 def test_length_groups_hold_every_token_once():

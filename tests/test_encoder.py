@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minilm
-from minilm.embed import TruncationWarning, plan_batches
+from minilm.embed import TruncationWarning
 from minilm.kernels.torch_backend import TorchBackend
 from minilm.verify import verify
 
@@ -66,18 +66,6 @@ def test_sentences_is_another_name_of_inputs(encoder, texts):
         encoder.encode(texts, sentences=texts)
     with pytest.raises(TypeError, match="needs one"):
         encoder.encode()
-
-
-def test_equal_texts_are_computed_once(encoder, monkeypatch):
-    counted = []
-    forward = type(encoder.model).forward
-    monkeypatch.setattr(
-        type(encoder.model), "forward", lambda *a, **k: counted.append(a[1].num_sequences) or forward(*a, **k)
-    )
-    rows = encoder.encode(["a cat", "a dog", "a cat", "a cat"])
-    assert sum(counted) == 2
-    assert np.array_equal(rows[0], rows[2])
-    assert not np.array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize(
@@ -226,25 +214,6 @@ def test_stream_names_a_bad_text_and_warns_once(encoder):
     assert len(caught) == 1
 
 
-def test_blocks_of_texts_come_back_in_order(encoder, texts, monkeypatch):
-    expected = encoder.encode(texts)
-    monkeypatch.setattr("minilm.embed.BLOCK_SIZE", 5)
-    np.testing.assert_allclose(encoder.encode(texts), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="text 24 has 302 tokens"):
-        encoder.encode([*texts, LONG], on_truncate="error")
-
-
-def test_a_batch_keeps_to_its_token_budget(encoder, texts, monkeypatch):
-    seen = []
-    forward = type(encoder.model).forward
-    monkeypatch.setattr(
-        type(encoder.model), "forward", lambda *a, **k: seen.append(a[1].num_tokens) or forward(*a, **k)
-    )
-    encoder.encode(texts * 20 + [LONG], batch_size=1, on_truncate="ignore")
-    assert max(seen) == 128
-    assert len(seen) > 2
-
-
 @pytest.mark.parametrize(
     ("show", "level", "drawn"), [(True, 30, True), (False, 10, False), (None, 20, True), (None, 30, False)]
 )
@@ -385,16 +354,3 @@ def test_tokenizing_leaves_training_mode(own_encoder):
     own_encoder.model.train()
     own_encoder.tokenize(["x"])
     assert own_encoder.model.training
-
-
-def test_a_model_in_training_encodes_without_dropout(own_encoder):
-    own_encoder.model.train()
-    assert np.array_equal(own_encoder.encode("x"), own_encoder.encode("x"))
-
-
-@pytest.mark.parametrize("budget", [1, 10, 100])
-def test_batches_hold_every_sequence_once_within_budget(budget):
-    lengths = [3, 1, 4, 1, 5, 9, 2, 6, 30]
-    batches = plan_batches(lengths, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(9))
-    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= budget for batch in batches)

@@ -56,3 +56,13 @@ def test_it_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "packed"])
+def test_it_can_be_compiled(backend):
+    torch._dynamo.reset()
+    model, batch = MiniLM(SMALL, backend).eval(), PackedBatch.from_sequences([[1, 2, 3], [4, 5, 6]])
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(batch).last_hidden_state
+        torch.testing.assert_close(compiled(batch).last_hidden_state, expected, atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ EPILOG = """\
 examples:
   minilm weights fetch
   minilm weights convert my-finetuned-model/ my-model/
-  minilm weights convert my-model/ half-the-size/ --dtype float16
+  minilm weights convert my-model/ a-quarter-of-the-size/ --precision int8
   minilm weights export my-model/ for-modelscope/ --to modelscope
   minilm weights inspect my-model/ --tensors
   minilm weights verify my-model/
@@ -32,7 +32,11 @@ def add_commands(commands: Commands[Parser]) -> None:
     _add_source(parser)
     parser.add_argument("destination", metavar="DEST", help="the folder to write: model.safetensors and tokenizer.json")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens kept of a text (default: the source's)")
-    parser.add_argument("--dtype", help="round the weights: float16 or bfloat16 halve the file (default: as they are)")
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="round the weights: float16 or bfloat16 for half the file, int8 for a quarter (default: as they are)",
+    )
 
     parser = add_command(actions, "export", run_export, summary="write a folder that other libraries load")
     _add_source(parser)
@@ -65,6 +69,7 @@ def run_fetch(arguments: argparse.Namespace) -> int:
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Read a source and save it in the canonical form, with vectors to verify it by."""
+    from minilm.compress import compress
     from minilm.model import floating_dtype
     from minilm.verify import with_golden
     from minilm.weights.sources import read_model
@@ -72,8 +77,10 @@ def run_convert(arguments: argparse.Namespace) -> int:
     checkpoint = read_model(arguments.source)
     if arguments.max_seq_length is not None:
         checkpoint = checkpoint.with_encoding(max_seq_length=arguments.max_seq_length)
-    if arguments.dtype is not None:
-        checkpoint = checkpoint.with_dtype(floating_dtype(arguments.dtype))
+    if arguments.precision == "int8":
+        checkpoint = compress(checkpoint)
+    elif arguments.precision is not None:
+        checkpoint = checkpoint.with_dtype(floating_dtype(arguments.precision))
     if checkpoint.golden is None or arguments.max_seq_length is not None:
         checkpoint = with_golden(checkpoint)
     print(checkpoint.save(arguments.destination))
@@ -102,7 +109,9 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         "folder": str(locate(arguments.source)),
         "fingerprint": fingerprint(checkpoint),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.model_tensors.values()}),
+        "dtypes": sorted(
+            {str(x.dtype).removeprefix("torch.") for x in (checkpoint.int8 or checkpoint.tensors).values()}
+        ),
         "config": checkpoint.config.to_dict(),
         "encoding": checkpoint.encoding.to_dict(),
         "provenance": checkpoint.provenance,

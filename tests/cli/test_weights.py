@@ -54,11 +54,21 @@ def test_failed_verification_is_exit_code_1(tmp_path, capsys, canonical_folder):
 
 def test_weights_rounded_to_half_the_size(tmp_path, capsys, canonical_folder, encoder):
     folder = tmp_path / "half"
-    assert main(["weights", "convert", str(canonical_folder), str(folder), "--dtype", "float16"]) == 0
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--precision", "float16"]) == 0
     assert main(["weights", "verify", str(folder)]) == 0
     assert (folder / "model.safetensors").stat().st_size < 46e6
     ours, exact = minilm.load(folder, device="cpu").encode("a cat"), encoder.encode("a cat")
     assert 1e-6 < np.abs(ours - exact).max() < 1e-3
     capsys.readouterr()
-    assert main(["weights", "convert", str(canonical_folder), str(folder), "--dtype", "int8"]) == 2
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--precision", "int4"]) == 2
     assert "floating point type such as" in capsys.readouterr().err
+
+
+def test_weights_rounded_to_a_quarter_of_the_size(tmp_path, capsys, canonical_folder):
+    folder = tmp_path / "quarter"
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--precision", "int8"]) == 0
+    assert (folder / "model.safetensors").stat().st_size < 23.2e6
+    assert main(["weights", "verify", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["weights", "inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtypes"] == ["float32", "int8"]

@@ -60,7 +60,7 @@ def own_file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("choice", ["auto", "torch", TorchBackend, "minilm.kernels.torch_backend:TorchBackend"])
+@pytest.mark.parametrize("choice", ["torch", TorchBackend, "minilm.kernels.torch_backend:TorchBackend"])
 def test_ways_to_name_plain_torch(choice):
     assert type(make_backend(choice, CONFIG)) is TorchBackend
 
@@ -81,7 +81,7 @@ def test_a_class_in_a_module(own_file, monkeypatch):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("cuda", "unknown backend 'cuda': expected auto, torch, triton, or where a subclass of TorchBackend is"),
+        ("cuda", "unknown backend 'cuda': expected auto, torch, packed, int8, triton, or where a subclass of Torch"),
         ("nowhere:Own", "No module named 'nowhere'"),
         ("no/such/file.py:Own", "can't be read"),
         ("{file}:Missing", "expected a subclass of TorchBackend called Missing in .*own.py, found none"),
@@ -115,6 +115,10 @@ def test_an_explicit_choice_that_cannot_run_says_why(canonical_folder):
         minilm.load(canonical_folder, device="cpu", backend=Elsewhere)
 
 
+def test_auto_takes_packed_weights_on_a_cpu():
+    assert make_backend("auto", CONFIG).name == make_backend("packed", CONFIG).name == "packed"
+
+
 def test_auto_falls_back_and_says_so(monkeypatch):
     monkeypatch.setitem(choosing.AUTOMATIC, "cuda", f"{__file__}:Elsewhere")
     with pytest.warns(BackendWarning, match="25 columns, not 24, and no cuda; plain torch computes instead"):
@@ -127,7 +131,7 @@ def outputs(model):
 
 
 def test_use_backend_is_undone_whatever_happens():
-    model = MiniLM(CONFIG).eval()
+    model = MiniLM(CONFIG, "torch").eval()
     before = outputs(model)
     with model.use_backend(Doubling) as backend:
         assert backend.name == model.backend.name == "doubling"

@@ -160,7 +160,7 @@ def harmless(read: Checkpoint, whole: Checkpoint) -> bool:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("format_version", "2", "has format version 2, this minilm reads 1. Update minilm"),
+        ("format_version", "3", "has format version 3, this minilm reads 1 and 2. Update minilm"),
         ("config", "{", "damaged metadata"),
         ("config", '{"hidden_size": 0}', "damaged metadata .hidden_size must be a positive integer"),
         ("config", '{"shoe_size": 45}', "damaged metadata .MiniLMConfig has no field shoe_size"),

@@ -1,6 +1,7 @@
 """The canonical folder: what is written comes back, and what decides a vector is fingerprinted."""
 
 import dataclasses
+import hashlib
 import json
 import stat
 import struct
@@ -49,7 +50,7 @@ def test_the_metadata_says_everything_in_json(checkpoint, tmp_path):
     folder = checkpoint.save(tmp_path / "canonical")
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert (metadata.pop("format"), metadata.pop("format_version")) == ("minilm", "1")
+    assert (metadata.pop("format"), metadata.pop("format_version")) == ("minilm", "2")
     values = {name: json.loads(value) for name, value in metadata.items()}
     assert values.keys() == {"config", "encoding", "provenance", "calibration", "golden", "fingerprint", "checksum"}
     assert values["encoding"]["pooling"] == "avg_first_last"
@@ -215,6 +216,44 @@ def test_an_altered_bit_in_the_file_is_an_error(checkpoint, tmp_path):
     path.write_bytes(data)
     with pytest.raises(WeightsError, match="canonical is damaged: not what was saved there"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", ["swapped words", "a moved row", "two signs", "the end"])
+def test_damage_that_sums_could_hide_is_an_error(damage):
+    table = torch.randn(30, 1_024, generator=torch.Generator().manual_seed(0)).numpy()  # rows of 4 KiB
+    before = module._checksum({"table": torch.from_numpy(table.copy())}, "{}")
+    words = table.view("<u8")
+    if damage == "swapped words":
+        words[3, [5, 7]] = words[3, [7, 5]]
+    elif damage == "a moved row":
+        table[[1, 2]] = table[[2, 1]]
+    elif damage == "two signs":
+        words[4, [1, 3]] ^= 1 << 63
+    else:
+        table[29, 1_023] += 1
+    assert module._checksum({"table": torch.from_numpy(table)}, "{}") != before
+    assert module._checksum({"table": torch.from_numpy(table.reshape(-1)[:-1])}, "{}") != before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_of_version_1_are_read(checkpoint, tmp_path, damaged):
+    """They hold the sha256 of the tokenizer and of every tensor's bytes."""
+    path = checkpoint.save(tmp_path / "canonical") / "model.safetensors"
+    digest = hashlib.sha256(checkpoint.tokenizer_json.encode())
+    for _, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(tensor.numpy().tobytes())
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] |= {"format_version": "1", "checksum": json.dumps(digest.hexdigest())}
+    text, content = json.dumps(header).encode(), bytearray(data[8 + size :])
+    content[-1] ^= damaged
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+    if damaged:
+        with pytest.raises(WeightsError, match="canonical is damaged: not what was saved there"):
+            read_checkpoint(path)
+    else:
+        assert fingerprint(read_checkpoint(path)) == fingerprint(checkpoint)
 
 
 def test_the_fingerprint_of_the_real_weights_never_changes(weights_folder, tmp_path):

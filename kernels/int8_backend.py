@@ -1,0 +1,112 @@
+"""The int8 backend: the encoder's products in 8-bit integers on a CPU, all else in float32.
+
+How numbers are rounded is told in `minilm.kernels.int8_linear`. The ranges of activations that this takes belong to the
+weights: `RangeRecorder` measures them (`minilm.activations`), and `minilm weights convert --precision int8` keeps them
+beside 8-bit weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilm.config import MiniLMConfig
+from minilm.kernels.backend import BackendError
+from minilm.kernels.int8_linear import QuantizedFeedForward, QuantizedLinear, levels, missing
+from minilm.kernels.operands import FeedForwardWeights
+from minilm.kernels.packed_backend import PackedBackend
+from minilm.kernels.packed_linear import PackedWeights
+from minilm.kernels.torch_backend import TorchBackend
+
+
+class Int8Backend(PackedBackend):
+    """Products in 8-bit integers. Inference only; where gradients are wanted, plain torch computes in float32."""
+
+    name = "int8"
+    min_cosine = 0.98
+    needs_input_ranges = True
+
+    def __init__(self, config: MiniLMConfig) -> None:
+        """Keep the sizes; weights are rounded when first used."""
+        super().__init__(config, Int8Backend)
+        self.quantized = PackedWeights(_quantize)
+        self.feed_forwards = PackedWeights(_quantize_feed_forward)
+
+    def describe(self) -> dict[str, Any]:
+        """Return its class, who multiplies, and how finely inputs are rounded."""
+        products = "oneDNN, 8-bit integers" if missing() is None else f"plain torch, as {missing()}"
+        return {**TorchBackend.describe(self), "products": products, "levels of inputs": levels() + 1}
+
+    def rows_to_compute(self, rows: int, dtype: torch.dtype) -> int:  # noqa: ARG002 - all are multiplied alike
+        """Round a number of rows up, also where they are few."""
+        return super().rows_to_compute(rows, torch.int8)
+
+    def linear(self, x: Tensor, weights: nn.Linear) -> Tensor:
+        """W·x + b."""
+        if self._is_plain(x, weights):
+            return TorchBackend.linear(self, x, weights)
+        return self.quantized(weights)(x.float()).to(x.dtype)
+
+    def _linear_add(self, x: Tensor, weights: nn.Linear, residual: Tensor) -> Tensor:
+        """Return residual + W·x + b."""
+        return self.quantized(weights)(x.float(), residual.float()).to(residual.dtype)
+
+    def _feed_forward_add(self, x: Tensor, weights: FeedForwardWeights) -> Tensor:
+        """Return x + W_2·gelu(W_1·x), the inner activations in 8 bits too."""
+        wide = x.float()
+        return self.feed_forwards(weights.intermediate, weights.output)(wide, wide).to(x.dtype)
+
+
+class RangeRecorder(TorchBackend):
+    """Plain torch that takes down the least and greatest value of each input channel of each linear map.
+
+    Attributes:
+        ranges: `[2, K]` float32 of each linear map seen so far.
+    """
+
+    name = "range recorder"
+
+    def __init__(self, config: MiniLMConfig) -> None:
+        """Start with no ranges."""
+        super().__init__(config)
+        self.ranges: dict[nn.Linear, Tensor] = {}
+
+    def linear(self, x: Tensor, weights: nn.Linear) -> Tensor:
+        """W·x + b."""
+        seen = x.float() if weights not in self.ranges else torch.cat([x.float(), self.ranges[weights]])
+        self.ranges[weights] = torch.stack([seen.amin(dim=0), seen.amax(dim=0)])
+        return super().linear(x, weights)
+
+
+def input_range(weights: nn.Linear) -> Tensor:
+    """Return the range of each input channel of a linear map, `[2, K]`.
+
+    Raises:
+        BackendError: it was never measured.
+    """
+    found = getattr(weights, "input_range", None)
+    if found is None:
+        raise BackendError(
+            "the int8 backend needs the ranges of activations, and this model has none: measure them with "
+            "minilm.activations.ensure_input_ranges(model, tokenizer), as SentenceEncoder.encode does"
+        )
+    measured: Tensor = found.float()
+    return measured
+
+
+def _quantize(linear: nn.Linear) -> QuantizedLinear:
+    """Round a linear map."""
+    weight, bias = _parameters(linear)
+    return QuantizedLinear(weight, bias, input_range(linear))
+
+
+def _quantize_feed_forward(first: nn.Linear, second: nn.Linear) -> QuantizedFeedForward:
+    """Round the two linear maps of a feed-forward."""
+    return QuantizedFeedForward(_parameters(first), _parameters(second), input_range(first), input_range(second))
+
+
+def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return weight and bias in float32."""
+    return linear.weight.detach().float(), linear.bias.detach().float()

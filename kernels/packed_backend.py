@@ -1,0 +1,158 @@
+"""The packed backend: the encoder on a CPU, in pure torch, as fast as its matrix products.
+
+Weights are laid out once (`minilm.kernels.packed_linear`), GELU and residual are computed within the products, and
+neighbouring sequences of equal length share one attention call on views of the projected tokens: no padding, no mask,
+no copy. Inference only; where gradients or dropout are wanted, plain torch computes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor, nn
+
+from minilm.config import MiniLMConfig
+from minilm.kernels.backend import BackendWarning
+from minilm.kernels.operands import EncoderWeights, FeedForwardWeights, LayerWeights, Packed
+from minilm.kernels.packed_linear import FEW_ROWS, PackedLinear, PackedWeights, is_native, missing
+from minilm.kernels.torch_backend import REDUCTIONS, TorchBackend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedBackend(TorchBackend):
+    """Products with packed weights, on a CPU. A subclass's own operations are used in place of fused ones.
+
+    Weights written to in ways that torch does not record (`weight.data[0] = 0`) are not seen: write to them under
+    `torch.no_grad()` instead.
+    """
+
+    name = "packed"
+    best_batch_tokens = 1024
+
+    def __init__(self, config: MiniLMConfig, base: type[TorchBackend] | None = None) -> None:
+        """Keep the sizes; weights are packed when first used. `base` is the class whose operations may be fused."""
+        super().__init__(config)
+        self.products = PackedWeights(lambda linear: PackedLinear(linear.weight, linear.bias))
+        base = base or PackedBackend
+        self._fuses_heads = not self.overrides(base, "project_heads", "attention", "linear")
+        self._fuses_sums = not self.overrides(base, "linear", "gelu", "layer_norm", "add_layer_norm")
+        self._runs_whole = not self.overrides(base)
+        self._report_missing()
+
+    @classmethod
+    def unavailable(cls, config: MiniLMConfig, device: str) -> str | None:  # noqa: ARG003 - any sizes will do
+        """Return why it can't run on a kind of device; None if it can."""
+        return None if device == "cpu" else f"it computes on a CPU, and the model is on {device!r}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return its class, who multiplies, and in which dtypes."""
+        products = "oneDNN, packed weights" if missing() is None else f"plain torch, as {missing()}"
+        wide = [str(dtype).removeprefix("torch.") for dtype in DTYPES if not is_native(dtype)]
+        return {**super().describe(), "products": products, "multiplied in float32": wide}
+
+    def whole(self, batch: Packed, weights: EncoderWeights) -> Tensor | None:
+        """Return the last hidden state, computed on a number of rows for which oneDNN has its code ready.
+
+        oneDNN compiles and keeps a product for each number of rows (2 ms, 2 MB): rounded up, those are few.
+        """
+        if not self._runs_whole or weights.training or self._is_plain(weights.embeddings.word.weight):
+            return None
+        x = self.embed(batch, weights.embeddings)
+        rows = len(x)
+        if (padding := self.rows_to_compute(rows, x.dtype) - rows) > 0:
+            x = F.pad(x, (0, 0, 0, padding))
+        for layer in weights.layers:
+            x = self.feed_forward_block(self.attention_block(x, layer, batch), layer)
+        return x[:rows] if padding else x
+
+    def rows_to_compute(self, rows: int, dtype: torch.dtype) -> int:
+        """Round a number of rows up to one of a few: a multiple of 8, or 64 for larger ones."""
+        if rows <= FEW_ROWS and dtype is torch.float32:
+            return rows  # multiplied without oneDNN
+        return -(-rows // 8) * 8 if rows <= 128 else -(-rows // 64) * 64
+
+    # The encoder's steps.
+
+    def attention_block(self, x: Tensor, layer: LayerWeights, batch: Packed) -> Tensor:
+        """LN(x + W_o·attention(W_qkv·x)), the sum within the product."""
+        if layer.training or self._is_plain(x, layer.attention.output):
+            return super().attention_block(x, layer, batch)
+        if self._fuses_heads:
+            context = self._context(self.linear(x, layer.attention.qkv), batch)
+        else:
+            query, key, value = self.project_heads(x, layer.attention)
+            context = self.attention(query, key, value, batch).flatten(1)
+        if self._fuses_sums:
+            return self.layer_norm(self._linear_add(context, layer.attention.output, x), layer.attention_norm)
+        return self.add_layer_norm(self.linear(context, layer.attention.output), x, layer.attention_norm)
+
+    def feed_forward_block(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        """LN(x + W_2·gelu(W_1·x)), the GELU and the sum within the products."""
+        if layer.training or not self._fuses_sums or self._is_plain(x, layer.feed_forward.output):
+            return super().feed_forward_block(x, layer)
+        return self.layer_norm(self._feed_forward_add(x, layer.feed_forward), layer.feed_forward_norm)
+
+    def pool(
+        self, hidden_states: Sequence[Tensor], batch: Packed, pooling: str, first: int = 0, normalize: bool = False
+    ) -> Tensor:
+        """Token vectors -> one vector a sequence, neighbours of equal length at once."""
+        if pooling not in REDUCTIONS or self._is_plain(hidden_states[-1]) or _is_scattered(batch):
+            return super().pool(hidden_states, batch, pooling, first, normalize)
+        x, other = hidden_states[-1].float(), self.second_state(hidden_states, pooling, first)
+        x = x if other is None else (x + other) / 2
+        rows = [REDUCTIONS[pooling](x[row : row + n * length].view(n, length, -1)) for row, n, length in batch.runs]
+        pooled = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    def linear(self, x: Tensor, weights: nn.Linear) -> Tensor:
+        """W·x + b."""
+        return super().linear(x, weights) if self._is_plain(x, weights) else self.products(weights)(x)
+
+    # Inner steps.
+
+    def _linear_add(self, x: Tensor, weights: nn.Linear, residual: Tensor) -> Tensor:
+        """Return residual + W·x + b."""
+        return self.products(weights)(x, residual=residual)
+
+    def _feed_forward_add(self, x: Tensor, weights: FeedForwardWeights) -> Tensor:
+        """Return x + W_2·gelu(W_1·x)."""
+        return self.products(weights.output)(self.products(weights.intermediate)(x, gelu=True), residual=x)
+
+    def _context(self, heads: Tensor, batch: Packed) -> Tensor:
+        """Return attention's result for the projected rows `[T, 3·C]`: `[T, C]`; of rows beyond the batch's, zeros."""
+        split = 3, self.config.num_heads, self.config.head_size
+        if _is_scattered(batch):
+            query, key, value = heads[: batch.num_tokens].unflatten(1, split).unbind(1)
+            contexts = [self.attention(query, key, value, batch).flatten(1)]
+        else:
+            contexts = []
+            for row, n, length in batch.runs:
+                run = heads[row : row + n * length].view(n, length, *split)
+                query, key, value = run.permute(2, 0, 3, 1, 4).unbind()  # [n, H, L, D] each
+                context = F.scaled_dot_product_attention(query, key, value)
+                contexts.append(context.transpose(1, 2).reshape(n * length, -1))
+        if beyond := len(heads) - batch.num_tokens:
+            contexts.append(contexts[0].new_zeros(beyond, contexts[0].shape[1]))
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def _is_plain(self, x: Tensor, weights: nn.Linear | None = None) -> bool:
+        """Whether plain torch computes this: gradients are wanted, a graph is traced, or the dtype is none of ours."""
+        if torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.weight.requires_grad)):
+            return True
+        return x.dtype not in DTYPES or x.is_meta or torch.compiler.is_compiling()
+
+    def _report_missing(self) -> None:
+        """Warn if products are left to plain torch."""
+        products = str(self.describe()["products"])
+        if products.startswith("plain torch"):
+            warnings.warn(f"the {self.name} backend's products are left to {products}", BackendWarning, stacklevel=4)
+
+
+def _is_scattered(batch: Packed) -> bool:
+    """Whether sequences of equal length lie apart, so that they are better gathered than taken as they lie."""
+    return len(batch.runs) > 2 * len(set(batch.lengths))

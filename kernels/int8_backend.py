@@ -7,6 +7,7 @@ beside 8-bit weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from minilm.kernels.backend import BackendError
 from minilm.kernels.int8_linear import QuantizedFeedForward, QuantizedLinear, levels, missing
 from minilm.kernels.operands import FeedForwardWeights
 from minilm.kernels.packed_backend import PackedBackend
-from minilm.kernels.packed_linear import PackedWeights
 from minilm.kernels.torch_backend import TorchBackend
 
 
@@ -31,32 +31,22 @@ class Int8Backend(PackedBackend):
     def __init__(self, config: MiniLMConfig) -> None:
         """Keep the sizes; weights are rounded when first used."""
         super().__init__(config, Int8Backend)
-        self.quantized = PackedWeights(_quantize)
-        self.feed_forwards = PackedWeights(_quantize_feed_forward)
 
     def describe(self) -> dict[str, Any]:
         """Return its class, who multiplies, and how finely inputs are rounded."""
         products = "oneDNN, 8-bit integers" if missing() is None else f"plain torch, as {missing()}"
         return {**TorchBackend.describe(self), "products": products, "levels of inputs": levels() + 1}
 
-    def rows_to_compute(self, rows: int, dtype: torch.dtype) -> int:  # noqa: ARG002 - all are multiplied alike
-        """Round a number of rows up, also where they are few."""
-        return super().rows_to_compute(rows, torch.int8)
+    def _pack_linear(self, linear: nn.Linear) -> Callable[..., Tensor]:
+        """Round a linear map."""
+        return _of_any_dtype(QuantizedLinear(*_parameters(linear), input_range(linear)))
 
-    def linear(self, x: Tensor, weights: nn.Linear) -> Tensor:
-        """W·x + b."""
-        if self._is_plain(x, weights):
-            return TorchBackend.linear(self, x, weights)
-        return self.quantized(weights)(x.float()).to(x.dtype)
-
-    def _linear_add(self, x: Tensor, weights: nn.Linear, residual: Tensor) -> Tensor:
-        """Return residual + W·x + b."""
-        return self.quantized(weights)(x.float(), residual.float()).to(residual.dtype)
-
-    def _feed_forward_add(self, x: Tensor, weights: FeedForwardWeights) -> Tensor:
-        """Return x + W_2·gelu(W_1·x), the inner activations in 8 bits too."""
-        wide = x.float()
-        return self.feed_forwards(weights.intermediate, weights.output)(wide, wide).to(x.dtype)
+    def _pack_feed_forward(self, weights: FeedForwardWeights) -> Callable[[Tensor], Tensor]:
+        """Round a feed-forward, its inner activations in 8 bits too."""
+        first, second = weights.intermediate, weights.output
+        ranges = input_range(first), input_range(second)
+        quantized = _of_any_dtype(QuantizedFeedForward(_parameters(first), _parameters(second), *ranges))
+        return lambda x: quantized(x, x)
 
 
 class RangeRecorder(TorchBackend):
@@ -96,15 +86,15 @@ def input_range(weights: nn.Linear) -> Tensor:
     return measured
 
 
-def _quantize(linear: nn.Linear) -> QuantizedLinear:
-    """Round a linear map."""
-    weight, bias = _parameters(linear)
-    return QuantizedLinear(weight, bias, input_range(linear))
+def _of_any_dtype(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a product of float32 tensors one of tensors of any dtype."""
 
+    def compute(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dtype is torch.float32:
+            return product(x, residual)
+        return product(x.float(), None if residual is None else residual.float()).to(x.dtype)
 
-def _quantize_feed_forward(first: nn.Linear, second: nn.Linear) -> QuantizedFeedForward:
-    """Round the two linear maps of a feed-forward."""
-    return QuantizedFeedForward(_parameters(first), _parameters(second), input_range(first), input_range(second))
+    return compute
 
 
 def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ no copy. Inference only; where gradients or dropout are wanted, plain torch comp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -24,6 +24,18 @@ from minilm.kernels.torch_backend import REDUCTIONS, TorchBackend
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class PackedLayer(NamedTuple):
+    """A layer's weights laid out: products, each with what follows it, and LayerNorms."""
+
+    qkv: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor, Tensor], Tensor]
+    """x, residual -> residual + W·x + b"""
+    attention_norm: nn.LayerNorm
+    feed_forward: Callable[[Tensor], Tensor]
+    """x -> x + W_2·gelu(W_1·x)"""
+    feed_forward_norm: nn.LayerNorm
+
+
 class PackedBackend(TorchBackend):
     """Products with packed weights, on a CPU. A subclass's own operations are used in place of fused ones.
 
@@ -32,15 +44,18 @@ class PackedBackend(TorchBackend):
     """
 
     name = "packed"
-    best_batch_tokens = 1024
+    best_batch_tokens = 2048
 
     def __init__(self, config: MiniLMConfig, base: type[TorchBackend] | None = None) -> None:
         """Keep the sizes; weights are packed when first used. `base` is the class whose operations may be fused."""
         super().__init__(config)
-        self.products = PackedWeights(lambda linear: PackedLinear(linear.weight, linear.bias))
+        self._linears = PackedWeights(self._pack_linear)
+        self._layers = PackedWeights(self._pack_layer)
         base = base or PackedBackend
-        self._fuses_heads = not self.overrides(base, "project_heads", "attention", "linear")
-        self._fuses_sums = not self.overrides(base, "linear", "gelu", "layer_norm", "add_layer_norm")
+        self._fuses_attention = not self.overrides(
+            base, "project_heads", "attention", "linear", "layer_norm", "add_layer_norm"
+        )
+        self._fuses_feed_forward = not self.overrides(base, "linear", "gelu", "layer_norm", "add_layer_norm")
         self._runs_whole = not self.overrides(base)
         self._report_missing()
 
@@ -64,38 +79,26 @@ class PackedBackend(TorchBackend):
             return None
         x = self.embed(batch, weights.embeddings)
         rows = len(x)
-        if (padding := self.rows_to_compute(rows, x.dtype) - rows) > 0:
+        if padding := rows_to_compute(rows) - rows:
             x = F.pad(x, (0, 0, 0, padding))
         for layer in weights.layers:
-            x = self.feed_forward_block(self.attention_block(x, layer, batch), layer)
+            packed = self._packed(layer)
+            x = self._feed_forward_block(self._attention_block(x, packed, batch), packed)
         return x[:rows] if padding else x
-
-    def rows_to_compute(self, rows: int, dtype: torch.dtype) -> int:
-        """Round a number of rows up to one of a few: a multiple of 8, or 64 for larger ones."""
-        if rows <= FEW_ROWS and dtype is torch.float32:
-            return rows  # multiplied without oneDNN
-        return -(-rows // 8) * 8 if rows <= 128 else -(-rows // 64) * 64
 
     # The encoder's steps.
 
     def attention_block(self, x: Tensor, layer: LayerWeights, batch: Packed) -> Tensor:
         """LN(x + W_o·attention(W_qkv·x)), the sum within the product."""
-        if layer.training or self._is_plain(x, layer.attention.output):
+        if layer.training or not self._fuses_attention or self._is_plain(x, layer.attention.output):
             return super().attention_block(x, layer, batch)
-        if self._fuses_heads:
-            context = self._context(self.linear(x, layer.attention.qkv), batch)
-        else:
-            query, key, value = self.project_heads(x, layer.attention)
-            context = self.attention(query, key, value, batch).flatten(1)
-        if self._fuses_sums:
-            return self.layer_norm(self._linear_add(context, layer.attention.output, x), layer.attention_norm)
-        return self.add_layer_norm(self.linear(context, layer.attention.output), x, layer.attention_norm)
+        return self._attention_block(x, self._packed(layer), batch)
 
     def feed_forward_block(self, x: Tensor, layer: LayerWeights) -> Tensor:
         """LN(x + W_2·gelu(W_1·x)), the GELU and the sum within the products."""
-        if layer.training or not self._fuses_sums or self._is_plain(x, layer.feed_forward.output):
+        if layer.training or not self._fuses_feed_forward or self._is_plain(x, layer.feed_forward.output):
             return super().feed_forward_block(x, layer)
-        return self.layer_norm(self._feed_forward_add(x, layer.feed_forward), layer.feed_forward_norm)
+        return self._feed_forward_block(x, self._packed(layer))
 
     def pool(
         self, hidden_states: Sequence[Tensor], batch: Packed, pooling: str, first: int = 0, normalize: bool = False
@@ -111,17 +114,40 @@ class PackedBackend(TorchBackend):
 
     def linear(self, x: Tensor, weights: nn.Linear) -> Tensor:
         """W·x + b."""
-        return super().linear(x, weights) if self._is_plain(x, weights) else self.products(weights)(x)
+        return super().linear(x, weights) if self._is_plain(x, weights) else self._linears(weights, weights)(x)
+
+    # How weights are laid out.
+
+    def _pack_linear(self, linear: nn.Linear) -> Callable[..., Tensor]:
+        """Lay out a linear map, to be called as `(x)` or `(x, residual)`."""
+        return PackedLinear(linear.weight, linear.bias)
+
+    def _pack_feed_forward(self, weights: FeedForwardWeights) -> Callable[[Tensor], Tensor]:
+        """Lay out a feed-forward with the residual that is added to it."""
+        first, second = self._pack_linear(weights.intermediate), self._pack_linear(weights.output)
+        return lambda x: second(first(x, gelu=True), x)
+
+    def _pack_layer(self, layer: LayerWeights) -> PackedLayer:
+        """Lay out a layer."""
+        qkv, output = self._pack_linear(layer.attention.qkv), self._pack_linear(layer.attention.output)
+        feed_forward = self._pack_feed_forward(layer.feed_forward)
+        return PackedLayer(qkv, output, layer.attention_norm, feed_forward, layer.feed_forward_norm)
+
+    def _packed(self, layer: LayerWeights) -> PackedLayer:
+        """Return a layer laid out as it is now."""
+        attention, feed_forward = layer.attention, layer.feed_forward
+        linears = attention.qkv, attention.output, feed_forward.intermediate, feed_forward.output
+        return self._layers(layer, *linears, layer.attention_norm, layer.feed_forward_norm)
 
     # Inner steps.
 
-    def _linear_add(self, x: Tensor, weights: nn.Linear, residual: Tensor) -> Tensor:
-        """Return residual + W·x + b."""
-        return self.products(weights)(x, residual=residual)
+    def _attention_block(self, x: Tensor, layer: PackedLayer, batch: Packed) -> Tensor:
+        """See `attention_block`."""
+        return _layer_norm(layer.output(self._context(layer.qkv(x), batch), x), layer.attention_norm)
 
-    def _feed_forward_add(self, x: Tensor, weights: FeedForwardWeights) -> Tensor:
-        """Return x + W_2·gelu(W_1·x)."""
-        return self.products(weights.output)(self.products(weights.intermediate)(x, gelu=True), residual=x)
+    def _feed_forward_block(self, x: Tensor, layer: PackedLayer) -> Tensor:
+        """See `feed_forward_block`."""
+        return _layer_norm(layer.feed_forward(x), layer.feed_forward_norm)
 
     def _context(self, heads: Tensor, batch: Packed) -> Tensor:
         """Return attention's result for the projected rows `[T, 3·C]`: `[T, C]`; of rows beyond the batch's, zeros."""
@@ -151,6 +177,18 @@ class PackedBackend(TorchBackend):
         products = str(self.describe()["products"])
         if products.startswith("plain torch"):
             warnings.warn(f"the {self.name} backend's products are left to {products}", BackendWarning, stacklevel=4)
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Return LN(x)."""
+    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def rows_to_compute(rows: int) -> int:
+    """Round a number of rows up to one of a few, unless it is small: to a multiple of 8, or 64 for larger ones."""
+    if rows <= FEW_ROWS:
+        return rows
+    return -(-rows // 8) * 8 if rows <= 128 else -(-rows // 64) * 64
 
 
 def _is_scattered(batch: Packed) -> bool:

@@ -9,7 +9,7 @@ missing, or do not work, plain torch computes the same, and `missing()` says why
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+Owner = TypeVar("Owner")
 Form = TypeVar("Form")
 
 TYPICAL_ROWS = 512  # what the layout is chosen for; any number of rows can be multiplied
@@ -43,12 +44,12 @@ class PackedLinear:
         self.dtype = weight.dtype if is_native(weight.dtype) else torch.float32
         self._weight, self._bias = weight.detach().to(self.dtype), bias.detach().to(self.dtype)
 
-    def __call__(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, gelu: bool = False) -> Tensor:
         """Return gelu(W·x + b), or residual + W·x + b, in x's dtype: `[T, K]` -> `[T, N]`."""
         if x.dtype is not self.dtype:  # the CPU does not multiply such numbers: float32 does it
             wide = None if residual is None else residual.to(self.dtype)
-            return self(x.to(self.dtype), gelu=gelu, residual=wide).to(x.dtype)
-        if len(x) <= FEW_ROWS and self.dtype is torch.float32:
+            return self(x.to(self.dtype), wide, gelu=gelu).to(x.dtype)
+        if x.shape[0] <= FEW_ROWS and self.dtype is torch.float32:
             y = torch.addmm(self._bias, x, self._transposed)
             y = F.gelu(y) if gelu else y
             return y if residual is None else y.add_(residual)
@@ -72,28 +73,31 @@ class PackedLinear:
         return packed
 
 
-class PackedWeights(Generic[Form]):
-    """Linear maps laid out (by `pack`) when first asked for, and again when their weights have changed.
+class PackedWeights(Generic[Owner, Form]):
+    """Modules' weights laid out (by `pack`) when first asked for, and again when they have changed.
 
     A change is seen by the tensors' version counters, which a write through `.data` or numpy does not move.
     """
 
-    def __init__(self, pack: Callable[..., Form]) -> None:
+    def __init__(self, pack: Callable[[Owner], Form]) -> None:
         self._pack = pack
-        self._packed: weakref.WeakKeyDictionary[nn.Linear, tuple[Any, Form]] = weakref.WeakKeyDictionary()
+        self._packed: dict[int, tuple[list[int], Form]] = {}  # by the owner's id, for as long as the owner lives
 
-    def __call__(self, *linears: nn.Linear) -> Form:
-        """Return the packed form of a linear map, or of several together, as they are now."""
-        state = [_state(part) for linear in linears for part in (linear._parameters, linear._buffers)]
-        found = self._packed.get(linears[0])
-        if found is None or found[0] != state:
-            found = self._packed[linears[0]] = (state, self._pack(*linears))
-        return found[1]
-
-
-def _state(tensors: Mapping[str, Tensor | None]) -> list[tuple[int, int]]:
-    """Return where tensors are, and how often they were written to (not counted for those made in inference mode)."""
-    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors.values() if x is not None]
+    def __call__(self, owner: Owner, *parts: nn.Module) -> Form:
+        """Return the packed form of a module as it is now; `parts` are those whose tensors are in it."""
+        state: list[int] = []
+        for part in parts:
+            for tensor in (*part._parameters.values(), part._buffers.get("input_range")):
+                if tensor is not None:  # where it is, and how often it was written to (unknown of inference tensors)
+                    state += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        found = self._packed.get(id(owner))
+        if found is not None and found[0] == state:
+            return found[1]
+        if found is None:
+            weakref.finalize(owner, self._packed.pop, id(owner), None)
+        form = self._pack(owner)
+        self._packed[id(owner)] = state, form
+        return form
 
 
 @cache

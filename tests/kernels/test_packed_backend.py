@@ -11,7 +11,7 @@ from minilm.batch import PackedBatch
 from minilm.config import POOLINGS, MiniLMConfig
 from minilm.kernels import packed_backend
 from minilm.kernels.backend import BackendError, BackendWarning, make_backend
-from minilm.kernels.packed_backend import PackedBackend
+from minilm.kernels.packed_backend import PackedBackend, rows_to_compute
 from minilm.model import MiniLM
 
 CONFIG = MiniLMConfig(vocab_size=50, hidden_size=48, num_layers=2, num_heads=4, feed_forward_size=80, max_positions=160)
@@ -67,12 +67,11 @@ def test_the_whole_encoder_against_float64_beside_plain_torch(model, batch, dtyp
         judge(backend.whole(batch, model), plain, outputs(exact, batch)[-1])
 
 
-@pytest.mark.parametrize("rows", [*range(1, 140), 1000, 1024, 1025])
-def test_rows_are_rounded_up_to_few_numbers(model, rows):
-    rounded = model.backend.rows_to_compute(rows, torch.bfloat16)
-    assert 0 <= rounded - rows < (8 if rows <= 128 else 64)
-    assert rounded % (8 if rows <= 128 else 64) == 0
-    assert model.backend.rows_to_compute(rows, torch.float32) == (rows if rows <= 32 else rounded)
+def test_rows_are_rounded_up_to_few_numbers():
+    rounded = {rows: rows_to_compute(rows) for rows in range(1, 2049)}
+    assert all(rounded[rows] == rows for rows in (*range(1, 33), 40, 128, 192, 2048))
+    assert all(0 <= up - rows < (8 if rows <= 128 else 64) for rows, up in rounded.items())
+    assert len(set(rounded.values())) == 32 + 12 + 30
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -90,20 +90,23 @@ def test_weights_are_packed_once_and_again_when_they_change():
     made = []
     linear = nn.Linear(3, 2)
     weights = PackedWeights(lambda linear: made.append(linear.weight.sum().item()) or len(made))
-    assert [weights(linear), weights(linear)] == [1, 1]
+    assert [weights(linear, linear), weights(linear, linear)] == [1, 1]
     with torch.no_grad():
         linear.bias += 1
-    assert weights(linear) == 2
+    assert weights(linear, linear) == 2
     linear.weight = nn.Parameter(torch.zeros(2, 3))
-    assert [weights(linear), weights(linear)] == [3, 3]
+    assert [weights(linear, linear), weights(linear, linear)] == [3, 3]
     assert made[-1] == 0
     linear.load_state_dict(nn.Linear(3, 2).state_dict())
-    assert weights(linear) == 4
+    assert weights(linear, linear) == 4
 
 
 def test_packed_weights_go_when_the_weights_do():
     weights = PackedWeights(lambda _: object())
-    weights(nn.Linear(2, 2))
+    linear = nn.Linear(2, 2)
+    weights(linear, linear)
+    assert len(weights._packed) == 1
+    del linear
     gc.collect()
     assert len(weights._packed) == 0
 
@@ -113,4 +116,4 @@ def test_weights_made_in_inference_mode_are_packed():
         linear = nn.Linear(4, 4)
         packed = PackedWeights(lambda linear: PackedLinear(linear.weight, linear.bias))
         x = torch.randn(2, 4)
-        torch.testing.assert_close(packed(linear)(x), linear(x))
+        torch.testing.assert_close(packed(linear, linear)(x), linear(x))

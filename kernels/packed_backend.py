@@ -185,10 +185,11 @@ def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def rows_to_compute(rows: int) -> int:
-    """Round a number of rows up to one of a few, unless it is small: to a multiple of 8, or 64 for larger ones."""
+    """Round a number of rows up to one of a few, unless it is small: to a multiple of 8, 64 or 128, as it grows."""
     if rows <= FEW_ROWS:
         return rows
-    return -(-rows // 8) * 8 if rows <= 128 else -(-rows // 64) * 64
+    multiple = 8 if rows <= 128 else 64 if rows <= 512 else 128
+    return -(-rows // multiple) * multiple
 
 
 def _is_scattered(batch: Packed) -> bool:

@@ -69,9 +69,9 @@ def test_the_whole_encoder_against_float64_beside_plain_torch(model, batch, dtyp
 
 def test_rows_are_rounded_up_to_few_numbers():
     rounded = {rows: rows_to_compute(rows) for rows in range(1, 2049)}
-    assert all(rounded[rows] == rows for rows in (*range(1, 33), 40, 128, 192, 2048))
-    assert all(0 <= up - rows < (8 if rows <= 128 else 64) for rows, up in rounded.items())
-    assert len(set(rounded.values())) == 32 + 12 + 30
+    assert all(rounded[rows] == rows for rows in (*range(1, 33), 40, 128, 192, 640, 2048))
+    assert all(0 <= up - rows < (8 if rows <= 128 else 64 if rows <= 512 else 128) for rows, up in rounded.items())
+    assert len(set(rounded.values())) == 32 + 12 + 6 + 12
 
 
 @pytest.mark.parametrize("normalize", [False, True])

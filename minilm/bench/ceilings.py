@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from minilm.bench.engines import Engine
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GPU_SIZE = 8_192  # of the square matrices
-CPU_ROWS = (512, 4_096)  # times the feed-forward's first matrix
+CPU_ROWS = (512, 4_096)  # times the matrices of the feed-forward block
+CPU_PRECISIONS = ("float32", "bfloat16", "int8")
+LARGEST_ERROR = 0.05  # of a product in int8, relative to its norm
 COPY_BYTES = 1 << 30
 L2_SHARE = 0.3  # of the L2 cache, read and written over and over
 L2_REPEATS = 50  # in one CUDA graph, so that launches cost little
@@ -25,7 +28,7 @@ FLOPS, BYTES = "FLOP/s", "B/s"
 
 
 class Machine(Engine):
-    """The machine itself; its dtypes are those of all engines, joined by commas.
+    """The machine itself; its dtypes are those to measure, joined by commas.
 
     Attributes:
         ceilings: by name: the call, the work in it, the unit of its rate, the dtype.
@@ -59,19 +62,23 @@ class Machine(Engine):
         }
 
     def _cpu(self) -> Iterator[tuple[str, tuple[Callable[[], Any], float, str, str]]]:
-        """Matrix products by the shapes of the model, in plain torch and, in float32, with prepacked weights."""
+        """Matrix products by the shapes of the model: plain torch's, and oneDNN's with weights packed ahead."""
         import torch
-        import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
         width, inner = self.plan["config"]["hidden_size"], self.plan["config"]["feed_forward_size"]
-        for dtype in self.choice.dtype.split(","):
-            for rows in CPU_ROWS:
-                x, weight = (torch.randn(n, width, dtype=getattr(torch, dtype)) for n in (rows, inner))
-                amount, shape = 2.0 * rows * width * inner, f"{rows}x{width}x{inner} {dtype}"
-                yield f"F.linear {shape}", (partial(F.linear, x, weight), amount, FLOPS, dtype)
-                prepacked = _prepacked(x, weight) if dtype == "float32" else None
-                if prepacked:
-                    yield f"oneDNN prepacked {shape}", (prepacked, amount, FLOPS, dtype)
+        for precision in self.choice.dtype.split(","):
+            methods = (
+                {"oneDNN in int8": _int8} if precision == "int8" else {"F.linear": _linear, "oneDNN packed": _packed}
+            )
+            for (method, make), rows, (k, n) in product(methods.items(), CPU_ROWS, ((width, inner), (inner, width))):
+                x, weight = torch.randn(rows, k), torch.randn(n, k)
+                try:
+                    call = make(x, weight, precision)
+                    error = float((call().float() - x @ weight.T).norm() / (x @ weight.T).norm())
+                except (AttributeError, RuntimeError):  # this torch, or this CPU, has no such thing
+                    continue
+                if error < LARGEST_ERROR:
+                    yield f"{method}, {rows}x{k}x{n} {precision}", (call, 2.0 * rows * k * n, FLOPS, precision)
 
     def _gpu(self) -> Iterator[tuple[str, tuple[Callable[[], Any], float, str, str]]]:
         """Square matrix products of random numbers (zeros are faster), a large copy, and one within the L2 cache."""
@@ -101,19 +108,32 @@ class Machine(Engine):
         yield f"L2 cache, {size * 8 >> 20} MiB", (graphed(repeat), 8.0 * size * L2_REPEATS, BYTES, "")
 
 
-def _prepacked(x: Tensor, weight: Tensor) -> Callable[[], Any] | None:
-    """Return the same product by oneDNN with its weights packed ahead, None where this torch has no such thing."""
+def _linear(x: Tensor, weight: Tensor, dtype: str) -> Callable[[], Tensor]:
+    """Return plain torch's `x @ weight.T`."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812 - torch's own convention
+
+    return partial(F.linear, *(operand.to(getattr(torch, dtype)) for operand in (x, weight)))
+
+
+def _packed(x: Tensor, weight: Tensor, dtype: str) -> Callable[[], Tensor]:
+    """Return the same by oneDNN, with weights packed ahead; RuntimeError or AttributeError where there is no such."""
     import torch
 
     operations: Any = torch.ops.mkldnn
-    try:
-        packed = operations._reorder_linear_weight(weight, x.shape[0])
+    x, weight = (operand.to(getattr(torch, dtype)) for operand in (x, weight))
+    weight = operations._reorder_linear_weight(weight, x.shape[0])
+    return partial(operations._linear_pointwise, x, weight, None, "none", [], "")
 
-        def product() -> Tensor:
-            result: Tensor = operations._linear_pointwise(x, packed, None, "none", [], "")
-            return result
 
-        same = torch.allclose(product(), x @ weight.T, atol=1e-2)
-    except (AttributeError, RuntimeError):
-        return None
-    return product if same else None
+def _int8(x: Tensor, weight: Tensor, _: str) -> Callable[[], Tensor]:
+    """Return the same by oneDNN of int8 operands: one scale for `x`, one an output of `weight`; float32 comes out."""
+    import torch
+
+    operations: Any = torch.ops.onednn
+    scale, scales = float(x.abs().max()) / 127, weight.abs().amax(dim=1) / 127
+    small_x, small_weight = (x / scale).round().to(torch.int8), (weight / scales[:, None]).round().to(torch.int8)
+    packed = operations.qlinear_prepack(small_weight, list(x.shape))
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    operands = (small_x, scale, 0, packed, scales, zeros, None)
+    return partial(operations.qlinear_pointwise, *operands, 1.0, 0, torch.float32, "none", [], "")

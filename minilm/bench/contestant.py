@@ -25,6 +25,7 @@ class Contestant:
         samples: by workload, the median seconds of a call in each round.
         parity: the rows of the parity suite, if it was run.
         extras: by workload, what is measured once.
+        sts: Spearman's correlation x 100 by task, and their average; empty if it was not evaluated.
         peak_memory: bytes its process held at most.
         error: what ended it.
     """
@@ -36,6 +37,7 @@ class Contestant:
     failed: dict[str, str] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     extras: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sts: dict[str, Any] = field(default_factory=dict)
     parity: list[dict[str, Any]] = field(default_factory=list)
     peak_memory: int | None = None
     error: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ BATCH_SIZE = {"cpu": 32, "cuda": 512}
 """Texts of full length that an engine encodes together: the usual default, and enough to fill a GPU."""
 
 FAITHFUL = {"float64": 1e-9, "float32": 1e-9, "float16": 1e-5, "bfloat16": 5e-4}
-"""How far below 1 a backend's smallest cosine to plain torch in float32 may be, by the dtype it computes in."""
+"""How far below 1 an engine's smallest cosine to plain torch in float32 may be, by what it computes in."""
 
 
 class EngineError(RuntimeError):
@@ -60,17 +61,27 @@ class Engine:
         kinds: the kinds of workload that it does.
         devices: the kinds of device it runs on.
         packages: the distributions it needs, whose versions are recorded.
+        extra: which of our extras brings them.
+        dtypes: what it can compute in; None for whatever torch can.
+        precision: what its matrix products are computed in, where that is not the dtype.
+        min_cosine: how close to the reference it promises to stay; None for what `FAITHFUL` says of its precision.
         compiles_each_shape: whether a workload takes it so long to make ready that it does only the headline ones.
     """
 
     kinds: tuple[str, ...] = ("texts",)
     devices: tuple[str, ...] = ("cpu", "cuda")
     packages: tuple[str, ...] = ()
+    extra: str | None = None
+    dtypes: tuple[str, ...] | None = None
+    precision: str | None = None
+    min_cosine: float | None = None
     compiles_each_shape = False
 
     def __init__(self, choice: Choice) -> None:
         if choice.device.split(":")[0] not in self.devices:
             raise EngineError(f"{choice.name} runs only on {' and '.join(self.devices)}")
+        if self.dtypes is not None and choice.dtype not in self.dtypes:
+            raise EngineError(f"{choice.name} computes in {' or '.join(self.dtypes)}, not in {choice.dtype}")
         self.choice = choice
 
     def imports(self) -> None:
@@ -96,7 +107,11 @@ class Engine:
         """Return what else there is to say of it."""
         return {}
 
-    # For those who compute with torch.
+    @property
+    def num_threads(self) -> int:
+        """How many threads to compute with, for engines that have to be told: as many as it may use processors."""
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.choice.threads or available or 1
 
     @cached_property
     def plan(self) -> dict[str, Any]:
@@ -109,6 +124,8 @@ class Engine:
     def batch_size(self) -> int:
         """How many texts of full length to encode together."""
         return BATCH_SIZE[self.choice.device.split(":")[0]]
+
+    # For those who compute with torch.
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -142,6 +159,17 @@ class Engine:
         return PackedBatch.from_sequences(self.sequences(workload, rotation), None, self.choice.device)
 
 
+class WeightsOnDisk(Engine):
+    """A peer that reads the weights from the folder made for it."""
+
+    extra: str | None = "peers"
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__(choice)
+        if "folder_error" in self.plan:
+            raise EngineError(f"no weights for it: {self.plan['folder_error']}")
+
+
 class Ours(Engine):
     """This library, with one of its backends or someone's own."""
 
@@ -158,6 +186,8 @@ class Ours(Engine):
 
         choice = self.choice
         self.encoder = load(self.plan["model"], device=choice.device, dtype=choice.dtype, backend=choice.name)
+        backend = self.encoder.model.backend
+        self.precision, self.min_cosine = getattr(backend, "precision", None), backend.min_cosine
 
     def call(self, workload: Workload, rotation: int) -> Callable[[], Any]:
         """See `Engine`."""
@@ -246,10 +276,10 @@ def agreement(result: Any, reference: Path) -> dict[str, float]:
     return {"min_cosine": float(cosines.min()), "max_error": float(errors.max())}
 
 
-def is_faithful(facts: dict[str, float], dtype: str, min_cosine: float | None) -> bool:
+def is_faithful(facts: dict[str, float], precision: str, min_cosine: float | None) -> bool:
     """Tell whether an engine's rows agree with the reference: for unit vectors, whether every cosine is high enough.
 
     A cosine sees no difference of length, so what is judged is the distance that such a cosine means.
     """
-    limit = 1 - min_cosine if min_cosine is not None else FAITHFUL.get(dtype, FAITHFUL["bfloat16"])
+    limit = 1 - min_cosine if min_cosine is not None else FAITHFUL.get(precision, FAITHFUL["bfloat16"])
     return facts["max_error"] <= math.sqrt(2 * max(0.0, limit))  # a NaN is no agreement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minilm.bench.ceilings import CPU_PRECISIONS
 from minilm.bench.contestant import Contestant
 from minilm.bench.engines import Choice
+from minilm.bench.onnx_peers import EXPORT_ERRORS, OnnxPeer
+from minilm.bench.peers import PEERS
 from minilm.bench.processes import Worker, WorkerError
 from minilm.bench.results import make_report
 from minilm.bench.settings import Settings
@@ -21,6 +25,7 @@ TURN_SECONDS = {"cpu": 0.2, "cuda": 0.03}
 MOST_ROUNDS = 25
 PREPARING_SHARE = 0.4  # of the time, for what an engine compiles
 LOADING_PATIENCE = 180.0  # seconds, until the first vector
+STS_PATIENCE = 900.0  # for seven tasks, 26,000 sentences
 PATIENCE = 120.0  # seconds for what should take a moment, and beyond what is expected of the rest
 
 Progress = Callable[[str], object]
@@ -41,12 +46,13 @@ def run(settings: Settings, progress: Progress = lambda _: None) -> dict[str, An
         progress("reference: plain torch in float32")
         described, built, settings = _reference(settings, scratch)
         workloads = [Workload.from_dict(values) for values in built["workloads"]]
+        _export(settings, built["plan"], scratch, progress)
         contestants = _start(settings, scratch, stack, progress)
         if settings.parity:
             _check(contestants, progress)
         _prepare(contestants, settings, workloads, progress)
         _rounds(contestants, workloads, settings, start, progress)
-        _finish(contestants, workloads, progress)
+        _finish(contestants, workloads, settings, progress)
     return make_report(settings, described, built, workloads, contestants, time.perf_counter() - start)
 
 
@@ -86,21 +92,37 @@ def _reference(settings: Settings, scratch: str) -> tuple[dict[str, Any], dict[s
     with closing(Worker("reference", Path(scratch) / "reference.log", offline=False)) as worker:
         try:
             described = worker.ask("describe", PATIENCE, device=settings.device)
-            settings = settings.on(described["device"])
+            settings = settings.on(described["device"], described["threads"])
             names = list(settings.workloads or ())
-            model = {"model": settings.model, "data": settings.data, "scratch": scratch}
+            model = {"model": settings.model, "data": settings.data, "scratch": scratch, "sts": settings.sts}
             built = worker.ask("build", 5 * PATIENCE, names=names, **model)
         except WorkerError as error:
             raise ValueError(f"nothing can be measured: {error.message}") from None
     return described, built, settings
 
 
+def _export(settings: Settings, plan: dict[str, Any], scratch: str, progress: Progress) -> None:
+    """Have the files made that peers read, in a process of its own; leave beside them why one could not be."""
+    peers = [PEERS[choice.name] for choice in settings.choices(scratch) if choice.role == "peer"]
+    names = [peer.file for peer in peers if issubclass(peer, OnnxPeer)]
+    if not names or "folder_error" in plan:
+        return
+    progress(f"making {', '.join(dict.fromkeys(names))}")
+    with closing(Worker("export", Path(scratch) / "export.log")) as worker:
+        try:
+            errors = worker.ask("export", LOADING_PATIENCE, names=names, plan=plan)["errors"]
+        except WorkerError as error:
+            errors = dict.fromkeys(names, str(error))
+    (Path(plan["folder"]) / EXPORT_ERRORS).write_text(json.dumps(errors), encoding="utf-8")
+
+
 def _start(settings: Settings, scratch: str, stack: ExitStack, progress: Progress) -> list[Contestant]:
     """Start and load the machine and the engines: on a CPU one after the other, so that loading can be timed."""
     choices = settings.choices(scratch)
-    dtypes = ",".join(dict.fromkeys(choice.dtype for choice in choices))
+    dtypes = dict.fromkeys(choice.dtype for choice in choices)
+    dtypes |= dict.fromkeys(CPU_PRECISIONS if settings.device == "cpu" else ())
     device, threads = settings.device or "cpu", max(settings.threads, default=None)
-    machine = Choice("machine", "machine", "machine", dtypes, device, scratch, threads)
+    machine = Choice("machine", "machine", "machine", ",".join(dtypes), device, scratch, threads)
     contestants = []
     for number, choice in enumerate([machine, *choices]):
         progress(f"loading {choice.label}")
@@ -125,15 +147,19 @@ def _check(contestants: Iterable[Contestant], progress: Progress) -> None:
 
 
 def _prepare(
-    contestants: Iterable[Contestant], settings: Settings, workloads: Sequence[Workload], progress: Progress
+    contestants: Sequence[Contestant], settings: Settings, workloads: Sequence[Workload], progress: Progress
 ) -> None:
     """Have every engine make ready what it does, the headline workloads first; on a GPU all engines at once."""
     seconds = max(60.0, PREPARING_SHARE * (settings.seconds or 0))
     order = [workload.name for workload in sorted(workloads, key=lambda workload: workload.priority)]
-    waiting = []
+    waiting, precisions = [], {contestant.loaded.get("precision") for contestant in contestants}
     for contestant in contestants:
         own = contestant.loaded.get("workloads", [])
-        names = own if contestant.choice.role == "machine" else [name for name in order if name in own]
+        if contestant.choice.role == "machine":
+            ceilings = contestant.loaded.get("facts", {})
+            names = [name for name in own if ceilings[name]["dtype"] in {"", *precisions}]
+        else:
+            names = [name for name in order if name in own]
         if contestant.asked("prepare", names=names, seconds=seconds):
             progress(f"checking {contestant.choice.label}")
             waiting.append(contestant)
@@ -173,14 +199,22 @@ def _take_turn(contestant: Contestant, name: str, seconds: float) -> None:
             contestant.samples.setdefault(name, []).append(answer["seconds"])
 
 
-def _finish(contestants: Iterable[Contestant], workloads: Sequence[Workload], progress: Progress) -> None:
-    """Ask for memory, and on a GPU for launches and latencies; then end the engines."""
+def _finish(
+    contestants: Iterable[Contestant], workloads: Sequence[Workload], settings: Settings, progress: Progress
+) -> None:
+    """Ask for memory, on a GPU for launches and latencies, and for the STS scores if wanted; then end the engines."""
     progress("memory, launches and latency")
     looked_into = {workload.name for workload in workloads if workload.is_looked_into}
+    texts = {workload.name for workload in workloads if workload.kind == "texts"}
     for contestant in contestants:
         names = [name for name in contestant.ready if name in looked_into]
         if contestant.asked("finish", names=names):
             answer = contestant.answered(PATIENCE)
             if answer is not None:
                 contestant.peak_memory, contestant.extras = answer["peak_memory"], answer["extras"]
+        if settings.sts and texts & set(contestant.ready) and contestant.asked("sts", data=settings.data):
+            progress(f"STS scores of {contestant.choice.label}")
+            answer = contestant.answered(STS_PATIENCE)
+            if answer is not None:
+                contestant.sts = {name: answer[name] for name in ("average", "tasks")}
         contestant.worker.close(grace=0)

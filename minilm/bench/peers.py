@@ -10,22 +10,23 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minilm.bench.engines import Choice, Engine, EngineError
+from minilm.bench.engines import Choice, Engine, EngineError, WeightsOnDisk
+from minilm.bench.onnx_peers import (
+    FastEmbed,
+    OnnxPeer,
+    OnnxRuntime,
+    OnnxRuntimeInt8,
+    OnnxRuntimeInt8Unfused,
+    OnnxRuntimeUnfused,
+    OpenVino,
+    OpenVinoInt8,
+)
 from minilm.bench.workloads import Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PADDED_TOKENS = 32 * 1_024  # a batch of sequences sorted by length: enough to fill a GPU
-
-
-class WeightsOnDisk(Engine):
-    """A peer that reads the weights from the folder made for it."""
-
-    def __init__(self, choice: Choice) -> None:
-        super().__init__(choice)
-        if "folder_error" in self.plan:
-            raise EngineError(f"no weights for it: {self.plan['folder_error']}")
 
 
 class SentenceTransformers(WeightsOnDisk):
@@ -275,6 +276,13 @@ class FlashAttention(VarlenAttention):
 
 PEERS: dict[str, type[Engine]] = {
     "sentence-transformers": SentenceTransformers,
+    "onnxruntime": OnnxRuntime,
+    "onnxruntime-unfused": OnnxRuntimeUnfused,
+    "onnxruntime-int8": OnnxRuntimeInt8,
+    "onnxruntime-int8-unfused": OnnxRuntimeInt8Unfused,
+    "openvino": OpenVino,
+    "openvino-int8": OpenVinoInt8,
+    "fastembed": FastEmbed,
     "transformers": Transformers,
     "transformers-sorted": TransformersSorted,
     "transformers-compiled": TransformersCompiled,
@@ -282,4 +290,7 @@ PEERS: dict[str, type[Engine]] = {
     "varlen-attention": VarlenAttention,
     "flash-attention": FlashAttention,
 }
-DEFAULT_PEERS = {"cpu": ("sentence-transformers",), "cuda": tuple(PEERS)}
+DEFAULT_PEERS = {
+    "cpu": ("sentence-transformers", *(name for name, peer in PEERS.items() if issubclass(peer, OnnxPeer))),
+    "cuda": tuple(name for name, peer in PEERS.items() if "cuda" in peer.devices),
+}

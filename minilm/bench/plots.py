@@ -1,20 +1,20 @@
-"""A run's report as a picture: bars for texts; for token batches a roofline, and speed against length."""
+"""A run's report as a picture: speeds at texts; for token batches a roofline, and speed against length."""
 
 from __future__ import annotations
 
 import math
-import textwrap
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import IO, Any
 
-from minilm.bench.report import Report, cells, choose_baseline, digits, rate
+from minilm.bench.report import Report, best_peer, cells, choose_baseline, digits, rate, seconds
 from minilm.bench.results import peak
 from minilm.bench.workloads import KIBI, parse
 
 OURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's colours, which all eyes tell apart
 THEIRS = ("#8A8F98", "#C3A66B", "#6C8EAD", "#B58FB0", "#9CB38A", "#54585F", "#C98B7B")
-INK, MUTED, FAINT = "#22262B", "#5B6169", "#C9CDD3"
+INK, MUTED, FAINT, GRID = "#22262B", "#5B6169", "#C9CDD3", "#E8EAED"
 STYLE = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -28,7 +28,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": "#E8EAED",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -49,7 +49,7 @@ def plot(report: Report, file: IO[bytes], baseline: str | None = None) -> None:
     Args:
         report: what `measure.run` returned.
         file: where to.
-        baseline: the engine whose speed is 1 among the bars; the first by default.
+        baseline: the engine whose speed at texts is 1; the first by default.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -61,20 +61,27 @@ def plot(report: Report, file: IO[bytes], baseline: str | None = None) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     baseline = choose_baseline(report, baseline)
-    panels = [panel for kind, panel in PANELS if _of_kind(report, kind)]
-    if not panels:
+    wide = [panel for kind, panel in PANELS if _of_kind(report, kind)]
+    texts = _of_kind(report, "texts")
+    if not wide and not texts:
         raise ValueError("there is nothing to plot: nothing was measured")
-    rows = math.ceil(len(panels) / 2)
+    columns = {1: 1, 2: 2, 4: 2}.get(len(texts), 3)
+    heights = [6.2] * math.ceil(len(wide) / 2) + [_text_height(report)] * math.ceil(len(texts) / columns)
     with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(h_pad=0.2, w_pad=0.25, hspace=0.05, wspace=0.03)
-        figure = Figure(figsize=(15, 6.2 * rows + 0.4), layout=layout)
-        grid = figure.add_gridspec(rows, 2)
-        for index, panel in enumerate(panels):
-            last_alone = index == len(panels) - 1 and index % 2 == 0
-            axes = figure.add_subplot(grid[index // 2, :] if last_alone else grid[index // 2, index % 2])
-            panel(report, axes, baseline)
+        layout = ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.2, hspace=0.04, wspace=0.03)
+        figure = Figure(figsize=(15, sum(heights) + 0.8), layout=layout)
+        grid = figure.add_gridspec(len(heights), 6, height_ratios=heights)
+        for index, panel in enumerate(wide):
+            last_alone = index == len(wide) - 1 and index % 2 == 0
+            place = slice(None) if last_alone else slice(3 * (index % 2), 3 * (index % 2) + 3)
+            axes = figure.add_subplot(grid[index // 2, place])
+            panel(report, axes)
             _legend(report, axes, 200 if last_alone else 95)
-        figure.suptitle(_title(report), x=0.012, ha="left", fontsize=10, color=MUTED)
+        for index, workload in enumerate(texts):
+            row, column = math.ceil(len(wide) / 2) + index // columns, index % columns
+            axes = figure.add_subplot(grid[row, column * 6 // columns : (column + 1) * 6 // columns])
+            _speeds(report, axes, workload, baseline, named=column == 0)
+        figure.suptitle(_title(report, baseline if texts else None), x=0.012, ha="left", fontsize=10, color=MUTED)
         figure.draw_without_rendering()  # the layout is settled: now a slope has an angle
         for axes in figure.axes:
             _turn_labels(axes)
@@ -89,12 +96,18 @@ def check_matplotlib() -> None:
         raise ImportError('plots need matplotlib: pip install "minilm[plots]"') from error
 
 
-def _title(report: Report) -> str:
+def _title(report: Report, baseline: str | None) -> str:
     machine, versions = report["machine"], report["versions"]
     threads = "/".join(map(str, report["settings"]["threads"] or [machine["threads"]]))
     device = machine.get("gpu") or f"{machine['processor']}, {threads} thread{'s' if threads != '1' else ''}"
-    when = report["date"][:10]
-    return f"{report['model']['source']}   ·   {device}   ·   torch {versions.get('torch', '?')}   ·   {when}"
+    names = {"torch", *(re.split("[@,]", engine["name"])[0] for engine in report["engines"])}
+    packages = [f"{name} {version}" for name, version in versions.items() if name in names]
+    lines = ["   ·   ".join((report["model"]["source"], device, report["date"][:10])), "   ·   ".join(packages)]
+    if baseline is not None:
+        rounds = max(cell["seconds"]["rounds"] for cell in cells(report).values())
+        median = f"median of {rounds} round{'s' if rounds != 1 else ''} with p10 and p90"
+        lines.append(f"texts: speed, {baseline} = 1, {median} (over the fastest peer, dotted)")
+    return "\n".join(lines)
 
 
 def _legend(report: Report, axes: Any, width: int) -> None:
@@ -115,11 +128,14 @@ def _label(engine: dict[str, Any]) -> str:
 
 
 def _colours(report: Report) -> dict[str, str]:
-    """Return a colour an engine: strong ones for ours."""
+    """Return a colour an engine, the same with any number of threads: strong ones for ours."""
     found: dict[str, str] = {}
+    several = len(report["settings"]["threads"]) > 1
     for role, palette in (("backend", OURS), ("peer", THEIRS)):
-        names = [engine["name"] for engine in report["engines"] if engine["role"] == role]
-        found |= {name: palette[index % len(palette)] for index, name in enumerate(names)}
+        engines = [engine["name"] for engine in report["engines"] if engine["role"] == role]
+        kinds = {name: name.rpartition(", ")[0] if several else name for name in engines}
+        order = list(dict.fromkeys(kinds.values()))
+        found |= {name: palette[order.index(kind) % len(palette)] for name, kind in kinds.items()}
     return found
 
 
@@ -136,46 +152,92 @@ def _of_kind(report: Report, kind: str) -> list[dict[str, Any]]:
     return [workload for workload in report["workloads"] if workload["kind"] == kind and workload["name"] in timed]
 
 
-def _bars(report: Report, axes: Any, baseline: str) -> None:
-    """Draw the speed of every engine at every text workload, relative to the baseline's, with p10 and p90."""
+def _groups(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Return by precision, and threads where they vary, the engines that were timed at any text."""
+    engines = _engines(report, _of_kind(report, "texts"))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for engine in sorted(engines, key=report["engines"].index):
+        name = engine["precision"]
+        if len(report["settings"]["threads"]) > 1:
+            name += f", {engine['threads']} thread{'s' if engine['threads'] != 1 else ''}"
+        groups.setdefault(name, []).append(engine)
+    return groups
+
+
+def _text_height(report: Report) -> float:
+    """Return the inches of a panel of `_speeds`."""
+    groups = _groups(report)
+    return 1.1 + 0.25 * sum(map(len, groups.values())) + 0.3 * len(groups)
+
+
+def _base(report: Report, workload: str, baseline: str) -> tuple[str, float]:
+    """Return the engine whose speed is 1 at a workload, and its median seconds: another where the baseline has none."""
+    times = {who: cell["seconds"]["median"] for (what, who), cell in cells(report).items() if what == workload}
+    who = baseline if baseline in times else next(iter(times))
+    return who, times[who]
+
+
+def _range(report: Report, baseline: str) -> tuple[float, float]:
+    """Return the least and the largest speed at any text."""
+    names = {workload["name"] for workload in _of_kind(report, "texts")}
+    speeds = [
+        _base(report, what, baseline)[1] / cell["seconds"][quantile]
+        for (what, _), cell in cells(report).items()
+        if what in names
+        for quantile in ("p90", "p10")
+    ]
+    return min(0.9, *speeds), max(1.1, *speeds)
+
+
+def _speeds(report: Report, axes: Any, workload: dict[str, Any], baseline: str, *, named: bool) -> None:
+    """Draw every engine's speed at one text workload, relative to the baseline's, with p10 and p90.
+
+    Engines stand by precision, across each group a line at its fastest peer; ours say how far from it they are.
+    """
     found, colours = cells(report), _colours(report)
-    workloads = [w for w in _of_kind(report, "texts") if (w["name"], baseline) in found]
-    labels = {engine["name"]: _label(engine) for engine in _engines(report, workloads)}
-    names = [engine["name"] for engine in report["engines"] if engine["name"] in labels]
-    width = 0.82 / max(1, len(names))
-    highest = 1.0
-    for index, name in enumerate(names):
-        places, heights, below, above = [], [], [], []
-        for place, workload in enumerate(workloads):
-            cell = found.get((workload["name"], name))
-            if cell:
-                base, times = found[workload["name"], baseline]["seconds"]["median"], cell["seconds"]
-                places.append(place + (index - (len(names) - 1) / 2) * width)
-                heights.append(base / times["median"])
-                below.append(heights[-1] - base / times["p90"])
-                above.append(base / times["p10"] - heights[-1])
-        axes.bar(places, heights, width * 0.88, color=colours[name], label=labels[name], zorder=2)
-        whiskers = {"fmt": "none", "ecolor": INK, "elinewidth": 0.9, "capsize": 1.5, "capthick": 0.9, "zorder": 3}
-        axes.errorbar(places, heights, (below, above), **whiskers)
-        for x, height, extra in zip(places, heights, above, strict=True):
-            text = {"ha": "center", "va": "bottom", "textcoords": "offset points", "xytext": (0, 2.5)}
-            size = 8.5 if len(names) <= 6 else 7
-            axes.annotate(digits(height), (x, height + extra), fontsize=size, **text)
-            highest = max(highest, height + extra)
-    axes.axhline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xticks(range(len(workloads)), [_wrapped(w) for w in workloads])
-    axes.set_xlim(-0.55, len(workloads) - 0.45)
-    axes.set_ylim(0, highest * 1.12)
-    axes.grid(axis="y")
-    axes.set_ylabel(f"speed, {baseline} = 1")
-    axes.set_title("From text to vectors")
+    one, base = _base(report, workload["name"], baseline)
+    place, places, names = 0.0, [], []
+    for group, engines in _groups(report).items():
+        aside = {"color": MUTED, "fontsize": 8.5, "ha": "right", "va": "center"}
+        axes.text(1, place, group, transform=axes.get_yaxis_transform(), **aside)
+        _, peer = best_peer(report, workload["name"], engines[0])
+        if peer:
+            style = {"color": INK, "linewidth": 1, "linestyle": (0, (2, 2)), "zorder": 2}
+            axes.vlines(base / peer, place + 0.5, place + 0.5 + len(engines), **style)
+        for engine in engines:
+            place += 1
+            places.append(place)
+            names.append(_label(engine))
+            cell = found.get((workload["name"], engine["name"]))
+            if cell is None:
+                continue
+            times, ours = cell["seconds"], engine["role"] == "backend"
+            low, speed, high = (base / times[name] for name in ("p90", "median", "p10"))
+            colour = colours[engine["name"]] if ours else MUTED
+            axes.hlines(place, low, high, color=colour, linewidth=1.6, zorder=3)
+            axes.plot(
+                speed, place, "o", color=colour, markersize=8, markerfacecolor=colour if ours else "white", zorder=4
+            )
+            ahead = f"  ({digits(peer / times['median'])}x)" if peer and ours else ""
+            text = {"va": "center", "textcoords": "offset points", "xytext": (8, 0), "fontsize": 8.5, "zorder": 3}
+            text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            text |= {"weight": "bold"} if ours else {}
+            axes.annotate(digits(speed) + ahead, (max(high, speed), place), **text)
+        place += 1.2
+    axes.axvline(1, color=MUTED, linewidth=0.9, zorder=1)
+    axes.hlines(places, 0, 1, transform=axes.get_yaxis_transform(), color=GRID, linewidth=0.8, zorder=0)
+    axes.set_yticks(places, names if named else [""] * len(names))
+    axes.set_ylim(place - 0.4, -0.6)
+    axes.set_xscale("log", base=2)
+    low, high = _range(report, baseline)
+    axes.set_xlim(low / 1.15, high * (high / low) ** 0.4)  # to the right, room for the figures
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+    axes.minorticks_off()
+    of = "" if one == baseline else f" of {one}"
+    axes.set_title(f"{workload['title']}  (1 = {seconds(base)}{of})", fontsize=10.5)
 
 
-def _wrapped(workload: dict[str, Any]) -> str:
-    return f"{textwrap.fill(workload['title'], 16)}\n({workload['tokens']:,} tokens)"
-
-
-def _roofline(report: Report, axes: Any, _baseline: str) -> None:
+def _roofline(report: Report, axes: Any) -> None:
     """Draw every token workload's FLOP/s against its FLOPs a byte, under what the machine can do."""
     found, colours, ceilings = cells(report), _colours(report), report["ceilings"]
     workloads = _of_kind(report, "tokens")
@@ -197,10 +259,10 @@ def _roofline(report: Report, axes: Any, _baseline: str) -> None:
             zorder=4 if ours else 3,
         )
     top = max(cell["flops_per_second"] for cell in every)
-    for dtype in dict.fromkeys(engine["dtype"] for engine in engines):
-        if best := peak(ceilings, dtype):
+    for precision in dict.fromkeys(engine["precision"] for engine in engines):
+        if best := peak(ceilings, precision):
             axes.plot([left, right], [best, best], color=INK, linewidth=1.3, zorder=2)
-            label = f"fastest matrix product in {dtype}, {rate(best, 'FLOP/s')}"
+            label = f"fastest matrix product in {precision}, {rate(best, 'FLOP/s')}"
             options = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "fontsize": 8.5, "color": MUTED}
             axes.annotate(label, (right / 1.1, best), **options)
             top = max(top, best)
@@ -245,14 +307,14 @@ def _rates(axis: Any, unit: str) -> None:
     axis.set_major_formatter(label)
 
 
-def _by_length(report: Report, axes: Any, _baseline: str) -> None:
+def _by_length(report: Report, axes: Any) -> None:
     """Draw tokens a second against the length of the sequences."""
     chosen, amount = _of_one_size(_of_kind(report, "tokens"))
     _lines(report, axes, chosen, "tokens_per_second", "tok/s")
     axes.set_title(f"The model alone: batches of {amount} tokens")
 
 
-def _attention(report: Report, axes: Any, _baseline: str) -> None:
+def _attention(report: Report, axes: Any) -> None:
     """Draw attention's FLOP/s against the length of the sequences."""
     chosen, amount = _of_one_size(_of_kind(report, "attention"))
     _lines(report, axes, chosen, "flops_per_second", "FLOP/s")
@@ -300,8 +362,8 @@ def _lines(report: Report, axes: Any, workloads: Sequence[dict[str, Any]], figur
 
 def _bound(report: Report, axes: Any, workloads: Sequence[dict[str, Any]], place: dict[Any, float]) -> None:
     """Draw the tokens a second at which the model's FLOPs take all of the machine's peak."""
-    dtypes = Counter(engine["dtype"] for engine in _engines(report, workloads) if engine["role"] == "backend")
-    best = peak(report["ceilings"], dtypes.most_common(1)[0][0]) if dtypes else None
+    used = Counter(engine["precision"] for engine in _engines(report, workloads) if engine["role"] == "backend")
+    best = peak(report["ceilings"], used.most_common(1)[0][0]) if used else None
     if best is None:
         return
     bound = sorted(
@@ -318,4 +380,4 @@ def _columns(rows: Sequence[Sequence[float]], *indices: int) -> list[list[float]
     return [[row[index] for row in rows] for index in indices]
 
 
-PANELS = (("tokens", _roofline), ("tokens", _by_length), ("attention", _attention), ("texts", _bars))
+PANELS = (("tokens", _roofline), ("tokens", _by_length), ("attention", _attention))

@@ -49,7 +49,9 @@ class Worker:
         self.name = name
         self._log_path = log
         self._closed = False
-        variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {}
+        variables = {"ORT_DISABLE_TELEMETRY": "1"}
+        if offline:
+            variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if threads is not None:
             variables |= dict.fromkeys(THREAD_VARIABLES, str(threads))
         code = f"import sys; sys.path[:] = {sys.path!r}; from minilm.bench.worker import main; main()"

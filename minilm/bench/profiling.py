@@ -1,4 +1,4 @@
-"""Where the time goes: on a CPU by the backend's operations, on a GPU by kernels."""
+"""Where the time goes: on a CPU by the backend's operations and by torch's operators, on a GPU by kernels."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ OPERATIONS = {
     "whole": "encoder as a whole",
 }
 SHOWN_KERNELS = 20
+SHOWN_OPERATORS = 8
+PROFILED_CALLS = 20
 NOTHING = 0.0005  # of the time
 
 
@@ -81,7 +83,8 @@ def profile(engine: Engine, workload: Workload, seconds: float) -> dict[str, Any
     """Return where one workload's time goes in one of our backends.
 
     Returns:
-        `seconds`: of one call; `parts`: for each operation or kernel its name, calls and seconds in one call.
+        `seconds`: of one call; `parts`: for each operation or kernel its name, calls and seconds in one call; on a CPU
+        `operators`: the same for torch's operators, and for what is none (as Python and tokenising), by its profiler.
 
     Raises:
         TypeError: the engine is not one of ours.
@@ -101,7 +104,26 @@ def profile(engine: Engine, workload: Workload, seconds: float) -> dict[str, Any
     parts = [(name, stopwatch.calls[name] / count, taken / count) for name, taken in stopwatch.seconds.items()]
     shown = sorted((part for part in parts if part[2] > NOTHING * total), key=lambda part: -part[2])
     other = total - sum(taken for _, _, taken in shown)
-    return {"seconds": total, "parts": [*shown, ("other", 1, max(0.0, other))]}
+    operators = _by_operator(call, max(1, min(count, PROFILED_CALLS)))
+    return {"seconds": total, "parts": [*shown, ("other", 1, max(0.0, other))], "operators": operators}
+
+
+def _by_operator(call: Callable[[], Any], count: int) -> list[tuple[str, float, float]]:
+    """Return torch's operators that take longest in a call, each without those within it, and what the rest takes."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call()  # the first one sets the profiler up
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        total = (time.perf_counter() - start) / count
+    averages: Any = profiler.key_averages()
+    found = [(e.key, e.count / (count + 1), e.self_cpu_time_total / 1e6 / (count + 1)) for e in averages]
+    found.sort(key=lambda part: -part[2])
+    shown, rest = found[:SHOWN_OPERATORS], found[SHOWN_OPERATORS:]
+    shown.append(("other operators", sum(calls for _, calls, _ in rest), sum(taken for *_, taken in rest)))
+    return [*shown, ("no operator of torch", 1, max(0.0, total - sum(taken for *_, taken in shown)))]
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def describe(device: str | None) -> dict[str, Any]:
     return {"device": device, "threads": torch.get_num_threads(), "machine": machine}
 
 
-def build(model: str | None, data: str | None, names: Sequence[str], scratch: str) -> dict[str, Any]:
+def build(
+    model: str | None, data: str | None, names: Sequence[str], scratch: str, *, sts: bool = False
+) -> dict[str, Any]:
     """Write what the other workers read: the plan, the weights for peers, the workloads and the reference's rows.
 
     Args:
@@ -60,6 +62,7 @@ def build(model: str | None, data: str | None, names: Sequence[str], scratch: st
         data: a folder of STS data, or a file with a sentence a line; the package's own sentences if None.
         names: of the workloads.
         scratch: where to write.
+        sts: whether `data` must hold all tasks of semantic textual similarity.
 
     Returns:
         The plan, the workloads, and `refused`: why others can't be had.
@@ -67,8 +70,11 @@ def build(model: str | None, data: str | None, names: Sequence[str], scratch: st
     import numpy as np
 
     from minilm.encoder import load
+    from minilm.evaluate.sts_data import TASKS, read_sts
     from minilm.weights.export import export_sentence_transformers
 
+    if sts:
+        read_sts(data, TASKS, "test")
     folder = Path(scratch)
     encoder = load(model, device="cpu", dtype="float32", backend="torch")
     sentences = read_sentences(data)

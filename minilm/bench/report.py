@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-from minilm.bench.results import peak
 
 TITLES = {"texts": "from text to vectors", "tokens": "model alone", "attention": "attention alone"}
 
@@ -106,7 +105,7 @@ def _cosine(cell: dict[str, Any]) -> str:
 
 
 def _doubt(cell: dict[str, Any]) -> str:
-    """Mark a backend's result that differs from plain torch's; what a peer is meant to reach is not ours to say."""
+    """Mark a result that differs from plain torch's by more than its engine promises."""
     return " WRONG" if cell["faithful"] is False else ""
 
 
@@ -119,48 +118,67 @@ def _heading(report: Report) -> str:
     device = machine.get("gpu") or f"{machine['processor']}, {threads} thread{'s' if threads != '1' else ''}"
     rounds = max((cell["seconds"]["rounds"] for cell in cells(report).values()), default=0)
     lines = [
-        f"{report['model']['source']} on {device}; torch {versions.get('torch', '?')}; {report['seconds']:.0f} s",
+        f"{report['model']['source']} on {device}; {report['seconds']:.0f} s",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"median of {rounds} round{'s' if rounds != 1 else ''} (p10-p90); FLOPs are the model's, without padding",
     ]
-    for dtype in dict.fromkeys(engine["dtype"] for engine in report["engines"]):
-        if best := peak(ceilings, dtype):
-            lines.append(f"peak in {dtype}: {rate(best, 'FLOP/s')}, the fastest of these matrix products")
-    lines += [f"  {rate(ceiling['median'], ceiling['unit']):>12}  {name}" for name, ceiling in ceilings.items()]
+    fastest: dict[tuple[str, str], tuple[float, str]] = {}  # of each method in a precision
+    for name, ceiling in ceilings.items():
+        key = name.partition(",")[0], ceiling["dtype"]
+        fastest[key] = max(fastest.get(key, (0.0, "")), (ceiling["median"], name))
+    lines += [f"  {rate(value, ceilings[name]['unit']):>12}  {name}" for value, name in fastest.values()]
     return "\n".join(lines)
 
 
-def best_peer(report: Report, workload: str) -> float | None:
-    """Return the fastest peer's median seconds."""
-    peers = {engine["name"] for engine in report["engines"] if engine["role"] == "peer"}
-    times = [
-        cell["seconds"]["median"] for (name, who), cell in cells(report).items() if name == workload and who in peers
-    ]
-    return min(times, default=None)
+def best_peer(report: Report, workload: str, engine: dict[str, Any]) -> tuple[str, float | None]:
+    """Return the fastest peer in an engine's precision, with as many threads, and its median seconds, None if none."""
+    alike = [e for e in report["engines"] if all(e[fact] == engine[fact] for fact in ("precision", "threads"))]
+    peers = {e["name"] for e in alike if e["role"] == "peer"}
+    timed = [(c["seconds"]["median"], who) for (what, who), c in cells(report).items() if what == workload]
+    fastest = min((pair for pair in timed if pair[1] in peers), default=None)
+    return ("", None) if fastest is None else (fastest[1], fastest[0])
 
 
 def _summary(report: Report, workloads: Sequence[dict[str, Any]], baseline: str) -> str:
-    """Return workloads down, engines across: how many times as fast as the baseline."""
-    found, wanted = cells(report), {workload["name"] for workload in workloads}
-    shown = {who for what, who in found if what in wanted} | {baseline}
-    names = [engine["name"] for engine in report["engines"] if engine["name"] in shown]
-    rows = [[f"speed, {baseline} = 1", *names]]
-    for workload in workloads:
-        times = [found.get((workload["name"], name), {}).get("seconds", {}).get("median") for name in names]
-        base = times[names.index(baseline)]
-        rows.append([workload["title"], *(_ratio(base / time if base and time else None) for time in times)])
-    return align(rows)
+    """Return engines down, workloads across: how many times as fast as the baseline, then as the fastest peer."""
+    times = {key: cell["seconds"]["median"] for key, cell in cells(report).items()}
+    names = [workload["name"] for workload in workloads]
+    engines = [engine for engine in report["engines"] if any((name, engine["name"]) in times for name in names)]
+    evaluated = any(engine["sts"] for engine in engines)
+    titles = [textwrap.wrap(workload["title"], 11) for workload in workloads]
+    speeds = _heads([[f"speed, {baseline} = 1"], [], *titles, ["min", "cosine"], *[["STS", "average"]] * evaluated])
+    ratios = [["over the fastest peer (*) in its precision", *[""] * (len(speeds[0]) - 1)]]
+    for engine in engines:
+        speed, ratio = [], []
+        for name in names:
+            base, taken = times.get((name, baseline)), times.get((name, engine["name"]))
+            who, peer = best_peer(report, name, engine)
+            speed.append(_ratio(base / taken if base and taken else None) + ("*" if who == engine["name"] else " "))
+            ratio.append(_ratio(peer / taken if peer and taken else None) + " ")
+        sts = engine["sts"].get("average")
+        accuracy = [_cosine(engine), *["-" if sts is None else f"{sts:.2f}"] * evaluated]
+        speeds.append([engine["name"], engine["precision"], *speed, *accuracy])
+        if engine["role"] == "backend" and any("x" in cell for cell in ratio):
+            ratios.append([engine["name"], engine["precision"], *ratio, *[""] * len(accuracy)])
+    return align([*speeds, *(ratios if len(ratios) > 1 else [])], left=2)
+
+
+def _heads(heads: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return column heads of several lines each as rows, the last lines level."""
+    height = max(map(len, heads))
+    return [list(row) for row in zip(*([""] * (height - len(head)) + list(head) for head in heads), strict=True)]
 
 
 def _details(report: Report, workload: dict[str, Any], baseline: str) -> str:
     """Return one workload's engines, all figures."""
-    found, peer = cells(report), best_peer(report, workload["name"])
+    found = cells(report)
     base = found.get((workload["name"], baseline))
     rows = [["", "median", "p10-p90", "tokens/s", "FLOP/s", "of peak", f"vs {baseline}", "vs best peer", "min cosine"]]
     for engine in report["engines"]:
         cell = found.get((workload["name"], engine["name"]))
         if cell is None:
             continue
-        times = cell["seconds"]
+        times, (_, peer) = cell["seconds"], best_peer(report, workload["name"], engine)
         rows.append(
             [
                 engine["name"],
@@ -185,14 +203,14 @@ def _matrix(report: Report, workloads: Sequence[dict[str, Any]], title: str) -> 
     engines = [e["name"] for e in report["engines"] if any(who == e["name"] and what in names for what, who in found)]
     if not engines:
         return f"{title}\nnot measured"
-    first = engines[0]
+    first = next(engine for engine in report["engines"] if engine["name"] == engines[0])
     fastest = max(cell["tokens_per_second"] for (what, _), cell in found.items() if what in names)
     factor, unit = (1e6, "Mtok/s") if fastest >= 1e6 else (1e3, "ktok/s")
-    rows = [[f"{title}, {unit}", *engines, f"{first}: of peak", "vs best peer", "p10-p90", "min cosine"]]
+    rows = [[f"{title}, {unit}", *engines, f"{engines[0]}: of peak", "vs best peer", "p10-p90", "min cosine"]]
     for workload in workloads:
         row = [found.get((workload["name"], engine)) for engine in engines]
         rates = [digits(cell["tokens_per_second"] / factor) + _doubt(cell) if cell else "-" for cell in row]
-        lead, peer = row[0], best_peer(report, workload["name"])
+        lead, (_, peer) = row[0], best_peer(report, workload["name"], first)
         rest = ["-"] * 4
         if lead is not None:
             times = lead["seconds"]
@@ -238,16 +256,16 @@ def _scaling(report: Report) -> str:
 
 def _engines(report: Report) -> str:
     """Return what engines take to load and hold, and how they fared."""
-    rows = [["engine", "status", "dtype", "imports", "load", "cold start to first vector", "memory", "min cosine"]]
+    rows = [["engine", "status", "precision", "imports", "load", "cold start to first vector", "memory", "min cosine"]]
     checked = any(engine["parity"] for engine in report["engines"])
     rows[0] += ["parity"] * checked
     for engine in report["engines"]:
         times = [engine.get(f"{name}_seconds") for name in ("import", "load", "first_vector")]
         taken = [seconds(time) if time is not None else "-" for time in times]
         cosine = "-" if engine["min_cosine"] is None and engine["status"] != "wrong" else _cosine(engine)
-        rows.append([engine["name"], engine["status"], engine["dtype"], *taken, size(engine["peak_memory"]), cosine])
-        within = sum(row["ok"] for row in engine["parity"])
-        rows[-1] += [f"{within} of {len(engine['parity'])}" if engine["parity"] else "-"] * checked
+        row = [engine["name"], engine["status"], engine["precision"], *taken, size(engine["peak_memory"]), cosine]
+        within = f"{sum(check['ok'] for check in engine['parity'])} of {len(engine['parity'])}"
+        rows.append(row + [within if engine["parity"] else "-"] * checked)
     return align(rows, left=3)
 
 
@@ -270,8 +288,13 @@ def profile_table(report: Report) -> str:
     """Return what `measure.run_profile` returned as text: the parts of each workload's time, the largest first."""
     parts = [f"{report['engine']} on {report['machine'].get('gpu') or report['machine']['processor']}"]
     for workload in report["workloads"]:
-        rows = [[f"{workload['title']}, {seconds(workload['seconds'])}", "calls", "time", "share"]]
-        for name, calls, taken in workload["parts"]:
-            rows.append([f"  {name[:60]}", digits(calls), seconds(taken), f"{taken / workload['seconds']:.1%}"])
+        views = [(f"{workload['title']}, {seconds(workload['seconds'])}", workload["parts"])]
+        if "operators" in workload:
+            views.append(("the same, by torch's operators", workload["operators"]))
+        rows = []
+        for title, listed in views:
+            total = sum(taken for *_, taken in listed)
+            rows.append([title, "calls", "time", "share"])
+            rows += [[f"  {name[:60]}", digits(n), seconds(taken), f"{taken / total:.1%}"] for name, n, taken in listed]
         parts.append(align(rows))
     return "\n\n".join(parts)

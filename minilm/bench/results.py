@@ -19,6 +19,9 @@ from minilm.bench.timing import quantiles
 from minilm.bench.workloads import Workload
 from minilm.config import MiniLMConfig
 
+WIDTHS = {**DTYPES, "int8": 1}
+"""The bytes of a number, by precision."""
+
 PACKAGES = ("torch", "triton", "numpy", "tokenizers", "transformers", "sentence-transformers", "flash-attn")
 
 
@@ -94,9 +97,9 @@ def _ceilings(machine: Contestant) -> dict[str, Any]:
     return found
 
 
-def peak(ceilings: dict[str, Any], dtype: str) -> float | None:
-    """Return the fastest matrix product in a dtype, in FLOP/s."""
-    rates = [c["median"] for c in ceilings.values() if c["unit"] == "FLOP/s" and c["dtype"] == dtype]
+def peak(ceilings: dict[str, Any], precision: str) -> float | None:
+    """Return the fastest matrix product in a precision, in FLOP/s."""
+    rates = [c["median"] for c in ceilings.values() if c["unit"] == "FLOP/s" and c["dtype"] == precision]
     return max(rates, default=None)
 
 
@@ -121,10 +124,12 @@ def _describe_engine(engine: Contestant, settings: Settings) -> dict[str, Any]:
         "name": choice.label,
         "role": choice.role,
         "dtype": choice.dtype,
+        "precision": _precision(engine),
         "status": status,
         "error": error,
         "threads": choice.threads or engine.loaded.get("threads"),
         "min_cosine": None if any(math.isnan(cosine) for cosine in cosines) else min(cosines, default=None),
+        "sts": engine.sts,
         "parity": engine.parity,
         "peak_memory": engine.peak_memory,
         **{name: value for name, value in engine.loaded.items() if name.endswith("_seconds")},
@@ -148,7 +153,7 @@ def _results(
             if not engine.samples.get(workload.name):
                 continue
             facts, seconds = engine.ready[workload.name], quantiles(engine.samples[workload.name])
-            rate, best = workload.flops(sizes) / seconds["median"], peak(ceilings, engine.choice.dtype)
+            rate, best = workload.flops(sizes) / seconds["median"], peak(ceilings, _precision(engine))
             yield {
                 **pair,
                 "seconds": seconds,
@@ -156,18 +161,27 @@ def _results(
                 "tokens_per_second": workload.num_tokens / seconds["median"],
                 "flops_per_second": rate,
                 "fraction_of_peak": rate / best if best else None,
-                "flops_per_byte": workload.flops(sizes) / workload.least_bytes(sizes, DTYPES[engine.choice.dtype]),
+                "flops_per_byte": workload.flops(sizes) / workload.least_bytes(sizes, WIDTHS[_precision(engine)]),
                 "faithful": _faithful(engine, facts, settings),
                 **{name: _number(value) for name, value in facts.items() if name != "seconds"},
                 **engine.extras.get(workload.name, {}),
             }
 
 
+def _precision(engine: Contestant) -> str:
+    """Return what an engine's matrix products are computed in."""
+    return str(engine.loaded.get("precision", engine.choice.dtype))
+
+
 def _faithful(engine: Contestant, facts: dict[str, float], settings: Settings) -> bool | None:
-    """Tell whether a backend's rows are those of plain torch; None for a peer, and where nothing was compared."""
-    if engine.choice.role != "backend" or "max_error" not in facts:
+    """Tell whether an engine's rows are those of plain torch, as far as it promises; None where nothing was compared.
+
+    What was asked for at the run goes for backends; peers are as they are.
+    """
+    if "max_error" not in facts:
         return None
-    return is_faithful(facts, engine.choice.dtype, settings.min_cosine)
+    asked = settings.min_cosine if engine.choice.role == "backend" else None
+    return is_faithful(facts, _precision(engine), engine.loaded.get("min_cosine") if asked is None else asked)
 
 
 def _number(value: float) -> float | None:

@@ -11,7 +11,7 @@ from minilm.bench.workloads import choose
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 """What engines can compute in, and the bytes of a number."""
 
-DEFAULT_SECONDS = {"cpu": 180.0, "cuda": 400.0}
+DEFAULT_SECONDS = {"cpu": 300.0, "cuda": 400.0}
 DEFAULT_BACKENDS = {"cpu": ("auto",), "cuda": ("triton", "torch")}
 DEFAULT_WORKLOADS = {"cpu": ("texts",), "cuda": ("texts", "tokens", "attention")}
 
@@ -27,11 +27,12 @@ class Settings:
         device: `cpu`, `cuda` or `cuda:N`; a GPU if there is one.
         model: as in `minilm.load`.
         dtype: what engines compute in that do not say otherwise: float16 on a GPU, else float32.
-        threads: each engine runs with each of these thread counts.
+        threads: each engine runs with each of these thread counts; on a CPU as many as torch takes by itself.
         data: where sentences come from; see `minilm.bench.reference.read_sentences`.
         seconds: how long to take, about; one round is always finished.
         min_cosine: what a backend must reach; by default it depends on its dtype.
         baseline: the engine whose speed is 1 in the report; the first by default.
+        sts: whether to evaluate each engine on semantic textual similarity too, on `data`, when all is timed.
         parity: whether to run the parity suite on our backends first; by default on a GPU.
 
     Raises:
@@ -49,6 +50,7 @@ class Settings:
     seconds: float | None = None
     min_cosine: float | None = None
     baseline: str | None = None
+    sts: bool = False
     parity: bool | None = None
 
     def __post_init__(self) -> None:
@@ -59,11 +61,17 @@ class Settings:
         unknown = [name for name in self.peers or () if _split(name, "float32")[0] not in PEERS]
         if unknown:
             raise ValueError(f"unknown peer {', '.join(unknown)}; known: {', '.join(PEERS)}")
+        if self.sts and self.data is None:
+            raise ValueError("sts needs data: the folder of STS data (see `minilm eval sts --help`)")
         if any(count < 1 for count in self.threads) or (self.seconds is not None and self.seconds <= 0):
             raise ValueError(f"threads and seconds must be positive, got {self.threads} and {self.seconds}")
 
-    def on(self, device: str) -> Settings:
+    def on(self, device: str, threads: int | None = None) -> Settings:
         """Return the settings with everything chosen that was left to the device.
+
+        Args:
+            device: the device.
+            threads: of every engine on a CPU, if that was left open.
 
         Raises:
             ValueError: there is no engine, or none that the baseline names.
@@ -75,6 +83,7 @@ class Settings:
             peers=self.peers if self.peers is not None else DEFAULT_PEERS[kind],
             workloads=tuple(choose(self.workloads or DEFAULT_WORKLOADS[kind], device)),
             device=device,
+            threads=self.threads or ((threads,) if threads and kind == "cpu" else ()),
             dtype=self.dtype or ("float16" if kind == "cuda" else "float32"),
             seconds=self.seconds or DEFAULT_SECONDS[kind],
             parity=self.parity if self.parity is not None else kind == "cuda",

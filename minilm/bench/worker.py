@@ -21,6 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from minilm.bench.engines import EngineError
 from minilm.bench.timing import make_timer, peak_memory, quantiles, take_turn, wait_until_quiet
 from minilm.bench.workloads import Workload
 
@@ -37,6 +38,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # by which openvino tells of being imported
     inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests, inbox), daemon=True).start()
     handlers = Seat().handlers()
@@ -77,7 +79,7 @@ class Seat:
 
     def handlers(self) -> dict[str, Callable[..., dict[str, Any]]]:
         """Return what can be asked for."""
-        names = ("describe", "build", "load", "parity", "prepare", "measure", "finish", "profile")
+        names = ("describe", "build", "export", "load", "parity", "prepare", "measure", "finish", "sts", "profile")
         return {name: getattr(self, name) for name in names}
 
     def describe(self, **request: Any) -> dict[str, Any]:
@@ -92,6 +94,12 @@ class Seat:
 
         return build(**request)
 
+    def export(self, **request: Any) -> dict[str, Any]:
+        """Write ONNX files for the peers that read them."""
+        from minilm.bench.onnx_files import export
+
+        return {"errors": export(**request)}
+
     def load(self, **request: Any) -> dict[str, Any]:
         """Load an engine, and make it encode for the first time."""
         from minilm.bench.engines import Choice, make_engine
@@ -104,8 +112,14 @@ class Seat:
         seconds = [end - start for start, end in pairwise(clock)]
         timed = dict(zip(("import_seconds", "load_seconds", "first_call_seconds"), seconds, strict=True))
         torch: Any = sys.modules.get("torch")
-        threads = torch.get_num_threads() if torch else None
-        return {**timed, "threads": threads, "facts": self.engine.facts(), "workloads": list(self._workloads)}
+        return {
+            **timed,
+            "threads": torch.get_num_threads() if torch else self.engine.num_threads,
+            "precision": self.engine.precision or self.engine.choice.dtype,
+            "min_cosine": self.engine.min_cosine,
+            "facts": self.engine.facts(),
+            "workloads": list(self._workloads),
+        }
 
     def parity(self) -> dict[str, Any]:
         """Hold every operation of the engine's backend against float64; on a CPU, where that is slow, in less cases."""
@@ -160,6 +174,20 @@ class Seat:
                 extras[name] = gpu.extras(self._calls[name][0], one_sequence=len(workload.lengths) == 1)
         return {"peak_memory": peak_memory(), "extras": extras}
 
+    def sts(self, data: str) -> dict[str, Any]:
+        """Return Spearman's correlation x 100 on each task of semantic textual similarity, and their average."""
+        from minilm.evaluate import evaluate_sts
+
+        engine = self.engine
+
+        class Encoder:
+            def encode(self, sentences: list[str], /) -> Any:
+                return engine.call(Workload("sts", "texts", "", texts=tuple(sentences)), 0)()
+
+        scores = evaluate_sts(Encoder(), data, show_progress_bar=False).to_dict()
+        tasks = {name: task["spearman"] for name, task in scores["tasks"].items()}
+        return {"average": scores["average_spearman"], "tasks": tasks}
+
     def profile(self, names: list[str], seconds: float) -> dict[str, Any]:
         """Return where the time of each workload goes."""
         from minilm.bench.profiling import profile
@@ -178,7 +206,12 @@ class Seat:
 
     def _imports(self) -> None:
         """Import what the engine needs; on a GPU, make it the one that is meant by default."""
-        self.engine.imports()
+        try:
+            self.engine.imports()
+        except ImportError as error:
+            if self.engine.extra is None:
+                raise
+            raise EngineError(f'{error}: pip install "minilm[{self.engine.extra}]"') from error
         if self.engine.choice.device.startswith("cuda"):
             import torch
 

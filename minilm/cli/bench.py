@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 Each engine runs in a process of its own; they take turns, in rounds, until the time is up. Before that, each is held
-against plain torch in float32 on the same inputs: a backend that differs is marked WRONG, and the exit code is 1. An
-engine that is missing or crashes is named with its reason, and the others go on.
+against plain torch in float32 on the same inputs: one that differs by more than it promises is marked WRONG, and if it
+is a backend the exit code is 1. An engine that is missing or crashes is named with its reason, and the others go on.
 
-backends (--backend): auto, torch, triton ..., package.module:Class or path/to/file.py:Class; @DTYPE behind one sets
-  what it computes in, as in triton@bfloat16
+backends (--backend): auto, packed, int8, torch, triton, package.module:Class or path/to/file.py:Class; @DTYPE behind
+  one sets what it computes in, as in packed@bfloat16
 {peers}
+  pip install "minilm[peers]" brings those for a CPU. What they compute from is made of the model's weights: their own
+  tools fuse and quantise it. @DTYPE sets their dtype too, as in openvino@bfloat16.
 workloads (--workloads): texts, tokens, attention (all usual ones of that kind), or any such as
   text-short-256     256 short sentences             text-mixed-192     192 texts of one sentence to several
   text-128-96        96 texts of 128 tokens          tokens-128-64k     64k tokens in sequences of 128: no tokenising
@@ -33,7 +35,8 @@ workloads (--workloads): texts, tokens, attention (all usual ones of that kind),
   (see minilm eval sts --help) or a file with one a line; without it, of the package's own.
 
 examples:
-  minilm bench --backend torch --peers sentence-transformers --data sts/
+  minilm bench --peers sentence-transformers --data sts/
+  minilm bench --backend packed,packed@bfloat16,int8 --data sts/ --sts --seconds 600 --json cpu.json --plot cpu.png
   minilm bench --backend torch,own_attention.py:OwnAttention --peers none --workloads text-mixed-192,tokens
   minilm bench --device cuda --json gpu.json --plot gpu.png          everything there is to know of a GPU; 7 minutes
   minilm bench --backend torch --peers none --threads 1,2,4          how speed grows with threads
@@ -53,7 +56,7 @@ def add_commands(commands: Commands[Parser]) -> None:
     group.add_argument(
         "--backend", metavar="NAMES", help="ours, joined by commas (default: auto; on a GPU triton,torch)"
     )
-    group.add_argument("--peers", metavar="NAMES", help="others (default: sentence-transformers; on a GPU all)")
+    group.add_argument("--peers", metavar="NAMES", help="others, with @DTYPE likewise (default: all for the device)")
     group.add_argument("--workloads", metavar="NAMES", help="default: texts; on a GPU all")
     group.add_argument("--data", metavar="PATH", help="where sentences come from (default: the package's own)")
     group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
@@ -61,12 +64,13 @@ def add_commands(commands: Commands[Parser]) -> None:
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
     group.add_argument("--threads", metavar="N,...", help="threads of every engine; several counts compare them")
-    group.add_argument("--seconds", type=float, metavar="S", help="time to take (default: 180; on a GPU 400)")
+    group.add_argument("--seconds", type=float, metavar="S", help="time to take (default: 300; on a GPU 400)")
     group.add_argument(
         "--min-cosine", type=float, metavar="X", help="what a backend must reach (default: by its dtype)"
     )
     parity = "whether to hold every operation of our backends against float64 first (default: on a GPU)"
     group.add_argument("--parity", action=argparse.BooleanOptionalAction, help=parity)
+    group.add_argument("--sts", action="store_true", help="evaluate each engine too, on the STS tasks in --data")
     group.add_argument("--profile", action="store_true", help="show where the time of the first backend goes instead")
     group = parser.add_argument_group("what to show")
     group.add_argument("--baseline", metavar="NAME", help="the engine whose speed is 1 (default: the first)")
@@ -119,6 +123,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         seconds=arguments.seconds,
         min_cosine=arguments.min_cosine,
         baseline=arguments.baseline,
+        sts=arguments.sts,
         parity=arguments.parity,
     )
 

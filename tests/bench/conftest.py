@@ -23,7 +23,10 @@ def texts(own_sentences) -> bench_workloads.Texts:
 
 
 def made_up(device: str, machine: dict, engines: list[tuple[str, str, float, tuple[str, ...]]], peak: float) -> dict:
-    """Return a report in which each engine (name, role, share of the peak, kinds) is about that fast everywhere."""
+    """Return a report in which each engine (name, role, share of the peak, kinds) is about that fast everywhere.
+
+    An engine whose name has `int8` in it computes in that; `@bfloat16` says so.
+    """
     generator, config = random.Random(0), MiniLMConfig()
     dtype, width = ("float16", 2) if device == "cuda" else ("float32", 4)
     names = bench_workloads.choose(("texts", "tokens", "attention") if device == "cuda" else ("texts",), device)
@@ -62,18 +65,21 @@ def made_up(device: str, machine: dict, engines: list[tuple[str, str, float, tup
         ],
         "refused": refused,
         "ceilings": {
-            f"matrix product {dtype}": {"unit": "FLOP/s", "dtype": dtype, **quantiles([peak, peak * 0.98])},
+            f"matrix product, {shape} {dtype}": {"unit": "FLOP/s", "dtype": dtype, **quantiles([rate, rate * 0.98])}
+            for shape, rate in (("small", 0.5 * peak), ("large", peak))
         },
         "ceilings_error": None,
         "engines": [
             {
                 "name": name,
                 "role": role,
-                "dtype": dtype,
+                "dtype": name.partition("@")[2] or dtype,
+                "precision": "int8" if "int8" in name else name.partition("@")[2] or dtype,
                 "status": "ok",
                 "error": None,
                 "threads": 2,
                 "min_cosine": 0.9999999,
+                "sts": {},
                 "parity": [],
                 "peak_memory": 500_000_000,
                 "import_seconds": 1.5,
@@ -99,7 +105,7 @@ def result(workload: Workload, name: str, role: str, samples: list[float], peak:
         "flops_per_second": rate,
         "fraction_of_peak": rate / peak,
         "flops_per_byte": workload.flops(config) / workload.least_bytes(config, width),
-        "faithful": None if role == "peer" else True,
+        "faithful": True,
         "min_cosine": 0.9999999,
         "max_error": 1e-4,
     }
@@ -114,11 +120,15 @@ def cpu_report() -> dict:
     everything = ("texts", "tokens", "attention")
     engines = [
         ("packed", "backend", 0.85, everything),
+        ("packed@bfloat16", "backend", 4.0, everything),
         ("int8.py:Int8", "backend", 1.5, everything),
         ("torch", "backend", 0.7, everything),
         ("sentence-transformers", "peer", 0.6, ("texts",)),
         ("onnxruntime", "peer", 0.65, ("texts",)),
+        ("onnxruntime-int8", "peer", 1.3, ("texts",)),
         ("openvino", "peer", 0.63, ("texts",)),
+        ("openvino@bfloat16", "peer", 3.5, ("texts",)),
+        ("fastembed", "peer", 0.5, ("texts",)),
     ]
     return made_up("cpu", {}, engines, 1.6e11)
 

@@ -73,11 +73,20 @@ def test_the_limit_can_be_set(truth):
 
 def test_usual_choices_by_device():
     cpu, gpu = Settings().on("cpu"), Settings().on("cuda:1")
-    assert (cpu.backends, cpu.peers, cpu.dtype) == (("auto",), ("sentence-transformers",), "float32")
-    assert (gpu.backends, gpu.peers, gpu.dtype) == (("triton", "torch"), tuple(PEERS), "float16")
+    assert (cpu.backends, cpu.dtype) == (("auto",), "float32")
+    assert (gpu.backends, gpu.dtype) == (("triton", "torch"), "float16")
+    assert {"sentence-transformers", "onnxruntime", "openvino", "fastembed"} < set(cpu.peers)
+    assert {"sentence-transformers", "transformers-compiled", "flash-attention"} < set(gpu.peers)
+    assert all(kind in PEERS[name].devices for kind, each in (("cpu", cpu), ("cuda", gpu)) for name in each.peers)
     assert {name.split("-")[0] for name in cpu.workloads} == {"text"}
     assert {name.split("-")[0] for name in gpu.workloads} == {"text", "tokens", "attention"}
     assert all(choice.device == "cuda:1" for choice in gpu.choices("scratch"))
+
+
+def test_on_a_cpu_all_engines_have_as_many_threads():
+    assert {choice.threads for choice in Settings().on("cpu", 6).choices("")} == {6}
+    assert {choice.threads for choice in Settings(threads=(2,)).on("cpu", 6).choices("")} == {2}
+    assert {choice.threads for choice in Settings().on("cuda", 6).choices("")} == {None}
 
 
 def test_engines_by_dtype_and_thread_count():
@@ -102,6 +111,7 @@ def test_engines_by_dtype_and_thread_count():
         ({"workloads": ("text-short",)}, "unknown workload 'text-short'"),
         ({"threads": (0,)}, "must be positive"),
         ({"seconds": 0.0}, "must be positive"),
+        ({"sts": True}, "sts needs data"),
     ],
 )
 def test_settings_that_can_not_be(options, message):
@@ -112,8 +122,13 @@ def test_settings_that_can_not_be(options, message):
 def test_settings_that_can_not_be_on_this_device():
     with pytest.raises(ValueError, match="no engine to measure"):
         Settings(backends=(), peers=()).on("cpu")
-    with pytest.raises(ValueError, match="one of the engines, auto, sentence-transformers; got 'triton'"):
+    with pytest.raises(ValueError, match=r"one of the engines, auto, sentence-transformers, .*; got 'triton'"):
         Settings(baseline="triton").on("cpu")
+
+
+def test_a_peer_says_what_it_computes_in():
+    with pytest.raises(EngineError, match="openvino computes in float32 or bfloat16 or float16, not in float64"):
+        make_engine(Choice("o", "peer", "openvino", "float64", "cpu", ""))
 
 
 @pytest.mark.parametrize("name", ["varlen-attention", "flash-attention"])

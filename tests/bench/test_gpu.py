@@ -86,24 +86,44 @@ def machine(scratch, dtype: str) -> Machine:
 
 def test_ceilings_of_a_cpu(scratch, monkeypatch):
     monkeypatch.setattr(ceilings, "CPU_ROWS", (8, 16))
-    made = machine(scratch, "float32,bfloat16")
+    made = machine(scratch, "float32,bfloat16,int8")
     made.imports()
     made.load()
     facts = made.facts()
-    assert facts["F.linear 16x384x1536 float32"]["amount"] == 2 * 16 * 384 * 1536
-    assert {fact["dtype"] for fact in facts.values()} == {"float32", "bfloat16"}
+    assert facts["F.linear, 16x384x1536 float32"]["amount"] == 2 * 16 * 384 * 1536
+    assert {"float32", "bfloat16"} <= {fact["dtype"] for fact in facts.values()}
     assert [workload.name for workload in made.own_workloads()] == list(facts)
     for workload in made.own_workloads():
-        assert made.call(workload, 0)().shape[1] == 1536
+        assert tuple(made.call(workload, 0)().shape) in {(n, width) for n in (8, 16) for width in (384, 1536)}
 
 
-def test_prepacked_product_is_the_product_or_absent(monkeypatch):
-    x, weight = torch.randn(8, 24), torch.randn(16, 24)
-    product = ceilings._prepacked(x, weight)
-    if product is not None:
-        torch.testing.assert_close(product(), x @ weight.T)
+@pytest.mark.parametrize(
+    ("make", "precision", "limit"),
+    [
+        (ceilings._linear, "float32", 1e-6),
+        (ceilings._linear, "bfloat16", 0.01),
+        (ceilings._packed, "float32", 1e-6),
+        (ceilings._packed, "bfloat16", 0.01),
+        (ceilings._int8, "int8", 0.05),
+    ],
+)
+def test_a_ceiling_is_the_product_or_is_said_to_be_missing(make, precision, limit):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(8, 64, generator=generator), torch.randn(32, 64, generator=generator)
+    try:
+        product = make(x, weight, precision)().float()
+    except (AttributeError, RuntimeError):
+        pytest.skip(f"this torch has no such product in {precision}")
+    assert float((product - x @ weight.T).norm() / (x @ weight.T).norm()) < limit
+
+
+def test_ceilings_that_are_not_there_or_wrong_are_left_out(scratch, monkeypatch):
+    monkeypatch.setattr(ceilings, "CPU_ROWS", (8,))
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    assert ceilings._prepacked(x, weight) is None
+    monkeypatch.setattr(ceilings, "_int8", lambda x, weight, _: lambda: x @ weight.T * 1.1)
+    made = machine(scratch, "float32,int8")
+    made.load()
+    assert {name.partition(",")[0] for name in made.ceilings} == {"F.linear"}
 
 
 def test_ceilings_of_a_gpu(scratch, monkeypatch):

@@ -33,19 +33,35 @@ def drawn(monkeypatch):
     return draw
 
 
+PEERS = (
+    ("sentence-transformers", "onnxruntime", "openvino", "fastembed"),
+    ("openvino@bfloat16",),
+    ("onnxruntime-int8",),
+)
+
+
 def legend(axes) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-def test_bars_are_speeds_relative_to_the_baseline(drawn, cpu_report):
-    (axes,) = drawn(cpu_report, "sentence-transformers").values()
-    assert legend(axes) == [engine["name"] for engine in cpu_report["engines"]]
+def points(axes) -> list[tuple[float, float]]:
+    """Return the places of the marks, from left to right and down."""
+    return [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "o"]
+
+
+def test_marks_are_speeds_relative_to_the_baseline_by_precision(drawn, cpu_report):
+    axes = list(drawn(cpu_report, "sentence-transformers").values())
     times = {(r["workload"], r["engine"]): r["seconds"]["median"] for r in cpu_report["results"]}
-    workloads = [workload["name"] for workload in cpu_report["workloads"]]
-    bars = [container for container in axes.containers if hasattr(container, "patches")]
-    for engine, container in zip(cpu_report["engines"], bars, strict=True):
-        expected = [times[w, "sentence-transformers"] / times[w, engine["name"]] for w in workloads]
-        assert [patch.get_height() for patch in container.patches] == pytest.approx(expected)
+    engines = sorted(cpu_report["engines"], key=lambda e: ("float32", "bfloat16", "int8").index(e["precision"]))
+    names = [engine["name"] for engine in engines]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
+    for each, workload in zip(axes, (workload["name"] for workload in cpu_report["workloads"]), strict=True):
+        expected = [times[workload, "sentence-transformers"] / times[workload, name] for name in names]
+        assert [x for x, _ in points(each)] == pytest.approx(expected)
+        best = [min(times[workload, name] for name in peers) for peers in PEERS]
+        lines = [lines for lines in each.collections if lines.get_linestyle()[0][1]]
+        drawn_best = [line.get_segments()[0][0][0] for line in lines]
+        assert drawn_best == pytest.approx([times[workload, "sentence-transformers"] / taken for taken in best])
 
 
 def test_gpu_has_a_roofline_and_speed_by_length(drawn, gpu_report):
@@ -54,10 +70,15 @@ def test_gpu_has_a_roofline_and_speed_by_length(drawn, gpu_report):
         "Roofline: the model alone, every length and batch size",
         "The model alone: batches of 64k tokens",
         "Attention alone: batches of 64k tokens",
-        "From text to vectors",
     ]
-    assert list(axes) == names
-    roofline, by_length, attention, _ = axes.values()
+    assert list(axes)[:3] == names
+    assert [title.partition("  (")[0] for title in list(axes)[3:]] == [
+        "1 short sentence",
+        "256 short sentences",
+        "4,096 texts of mixed length",
+        "1,024 texts of 128 tokens",
+    ]
+    roofline, by_length, attention, *_ = axes.values()
     notes = [text.get_text() for text in roofline.texts]
     assert any("782 TFLOP/s" in note for note in notes)
     assert sum("TB/s" in note for note in notes) == 2
@@ -86,9 +107,9 @@ def test_roofline_points_are_the_results(drawn, gpu_report):
 
 def test_a_wrong_backend_is_marked(drawn, cpu_report):
     report = copy.deepcopy(cpu_report)
-    report["engines"][1]["status"] = "wrong"
-    (axes,) = drawn(report).values()
-    assert legend(axes)[1] == "int8.py:Int8 (wrong)"
+    report["engines"][0]["status"] = "wrong"
+    axes = next(iter(drawn(report).values()))
+    assert axes.get_yticklabels()[0].get_text() == "packed (wrong)"
 
 
 def test_holes_are_no_obstacle(drawn, gpu_report):
@@ -98,7 +119,9 @@ def test_holes_are_no_obstacle(drawn, gpu_report):
     axes = drawn({**gpu_report, "results": results, "ceilings": {}})
     assert len(axes) == 4
     peer = [r for r in gpu_report["results"] if r["engine"] == "sentence-transformers"]
-    drawn({**gpu_report, "results": peer}, "triton")
+    (title,) = drawn({**gpu_report, "results": peer[:1]}, "triton")
+    assert title.startswith("1 short sentence")
+    assert title.endswith("of sentence-transformers)")
 
 
 def test_nothing_to_plot(cpu_report):

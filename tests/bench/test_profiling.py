@@ -55,6 +55,12 @@ def test_profile_of_texts(seat):
     assert calls["tokenise"] == 6
     assert {"pool", "embed", "other"} <= set(calls) | {"pool", "embed"}
     assert sum(taken for *_, taken in found["parts"]) == pytest.approx(found["seconds"], rel=0.01)
+    operators = {name: count for name, count, _ in found["operators"]}
+    assert operators["aten::addmm"] == 24
+    assert list(operators)[-2:] == ["other operators", "no operator of torch"]
+    taken = [seconds for *_, seconds in found["operators"][:-2]]
+    assert taken == sorted(taken, reverse=True)
+    assert all(seconds >= 0 for *_, seconds in found["operators"])
 
 
 def test_the_encoder_is_left_as_it_was(seat):

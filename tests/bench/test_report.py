@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -9,9 +10,9 @@ from minilm.bench.report import align, choose_baseline, digits, profile_table, r
 
 
 def row(text: str, first: str) -> list[str]:
-    """Return the cells of the only line that starts so."""
-    (line,) = [line for line in text.splitlines() if line.startswith(first)]
-    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+    """Return the cells of the only line whose first cell is this."""
+    (found,) = [cells for line in text.splitlines() if (cells := re.split(" {2,}", line))[0] == first]
+    return [cell for cell in found if cell]
 
 
 def block(text: str, first: str) -> str:
@@ -43,26 +44,51 @@ def test_align():
     assert align([["name", "x"], ["a", "10"]]) == "name   x\na     10"
 
 
-def test_speeds_are_relative_to_the_baseline(cpu_report):
+def times(report: dict, workload: str) -> dict[str, float]:
+    """Return every engine's median seconds."""
+    return {r["engine"]: r["seconds"]["median"] for r in report["results"] if r["workload"] == workload}
+
+
+def test_speeds_are_relative_to_the_baseline_and_to_the_best_peer_of_the_precision(cpu_report):
     text = table(cpu_report, "sentence-transformers")
-    assert "speed, sentence-transformers = 1" in text
-    times = {r["engine"]: r["seconds"]["median"] for r in cpu_report["results"] if r["workload"] == "text-mixed-192"}
-    summary = block(text, "speed, ")
-    figures = row(summary, "192 texts of mixed length")[1:]
-    assert figures == [f"{times['sentence-transformers'] / t:.2f}x" for t in times.values()]
+    found = times(cpu_report, "text-mixed-192")
+    base, own, int8 = (found[name] for name in ("sentence-transformers", "packed", "int8.py:Int8"))
+    best = min(found[name] for name in ("sentence-transformers", "onnxruntime", "openvino", "fastembed"))
+    summary = block(text, "                  ")
+    speeds, ratios = summary.split("over the fastest peer (*) in its precision")
+    assert row(speeds, "speed, sentence-transformers = 1")[-2:] == ["512 tokens", "cosine"]
+    for name, taken in found.items():
+        assert row(speeds, name)[5].rstrip("*") == f"{base / taken:.2f}x"
+    assert row(ratios, "packed")[5] == f"{best / own:.2f}x"
+    assert row(ratios, "int8.py:Int8")[1:6:4] == ["int8", f"{found['onnxruntime-int8'] / int8:.2f}x"]
     details = row(block(text, "192 texts of mixed length ("), "packed")
-    best = min(times[name] for name in ("sentence-transformers", "onnxruntime", "openvino"))
-    assert details[6:8] == [
-        f"{times['sentence-transformers'] / times['packed']:.2f}x",
-        f"{best / times['packed']:.2f}x",
-    ]
+    assert details[6:8] == [f"{base / own:.2f}x", f"{best / own:.2f}x"]
+
+
+def test_the_best_peer_of_each_precision_is_marked(cpu_report):
+    summary = block(table(cpu_report), "                  ").split("over the fastest")[0]
+    marked = {line.split()[0] for line in summary.splitlines() if "*" in line}
+    found = times(cpu_report, "text-128-96")
+    exact = min(("sentence-transformers", "onnxruntime", "openvino", "fastembed"), key=found.get)
+    assert {exact, "onnxruntime-int8", "openvino@bfloat16"} <= marked
+    assert row(summary, exact)[6].endswith("*")
+    assert not marked & {"packed", "torch", "int8.py:Int8"}
 
 
 def test_every_backend_and_peer_has_its_accuracy_beside_its_speed(cpu_report):
-    part = block(table(cpu_report), "1 short sentence (")
-    lines = part.splitlines()
+    text = table(cpu_report)
+    lines = block(text, "1 short sentence (").splitlines()
     assert lines[1].split("  ")[-1].strip() == "min cosine"
-    assert [line.split()[-1] for line in lines[2:]] == ["0.9999999"] * 6
+    assert [line.split()[-1] for line in lines[2:]] == ["0.9999999"] * 10
+    assert "STS" not in text
+
+
+def test_sts_averages_stand_beside_the_cosines(cpu_report):
+    report = copy.deepcopy(cpu_report)
+    report["engines"][0]["sts"] = {"average": 78.874, "tasks": {}}
+    speeds = block(table(report), "                  ").split("over the fastest")[0]
+    assert row(speeds, "packed")[-2:] == ["0.9999999", "78.87"]
+    assert row(speeds, "torch")[-1] == "-"
 
 
 def test_token_workloads_are_a_matrix(gpu_report):
@@ -79,13 +105,14 @@ def test_token_workloads_are_a_matrix(gpu_report):
 def test_ceilings_and_peak(gpu_report):
     heading = table(gpu_report).split("\n\n")[0]
     assert "NVIDIA H100" in heading
-    assert "peak in float16: 782 TFLOP/s" in heading
+    assert "782 TFLOP/s  matrix product, large float16" in heading
+    assert "small" not in heading
     assert "3.00 TB/s  copy of 1024 MiB" in heading
 
 
 def test_what_is_wrong_or_failed_is_said(cpu_report):
     report = copy.deepcopy(cpu_report)
-    packed, int8, *_ = report["engines"]
+    packed, int8 = (e for e in report["engines"] if e["name"] in ("packed", "int8.py:Int8"))
     packed |= {"status": "wrong", "min_cosine": None}
     int8 |= {"status": "failed", "error": "the process was killed by SIGSEGV"}
     results = [r for r in report["results"] if r["engine"] != int8["name"]]
@@ -110,15 +137,22 @@ def test_nothing_measured_at_all_is_still_a_report(cpu_report):
 def test_thread_scaling(cpu_report):
     report = copy.deepcopy(cpu_report)
     report["settings"]["threads"] = [1, 2]
-    report["engines"] = [{**report["engines"][0], "name": f"packed, {count}"} for count in ("1 thread", "2 threads")]
-    workload = report["workloads"][0]
-    times = {"packed, 1 thread": 3.0, "packed, 2 threads": 1.5}
-    base = next(r for r in report["results"] if r["workload"] == workload["name"])
-    report["results"] = [
-        {**base, "engine": name, "seconds": {"median": t, "p10": t, "p90": t, "rounds": 1}} for name, t in times.items()
+    workload, engine, timed = report["workloads"][0], report["engines"][0], report["results"][0]
+    times = {"packed, 1 thread": 3.0, "packed, 2 threads": 1.5, "peer, 1 thread": 4.0, "peer, 2 threads": 1.0}
+    report["engines"] = [
+        {**engine, "name": name, "role": "peer" if "peer" in name else "backend", "threads": 1 if "1" in name else 2}
+        for name in times
     ]
-    scaling = block(table(report), "speed by threads")
+    report["results"] = [
+        {**timed, "engine": name, "seconds": {"median": t, "p10": t, "p90": t, "rounds": 1}}
+        for name, t in times.items()
+    ]
+    text = table(report)
+    scaling = block(text, "speed by threads")
     assert row(scaling, f"{workload['title']}: packed")[1:] == ["1.00x", "2.00x"]
+    ratios = text.split("over the fastest peer")[1].split("\n\n")[0]
+    assert row(ratios, "packed, 1 thread")[2] == "1.33x", "each beside those with as many threads"
+    assert row(ratios, "packed, 2 threads")[2] == "0.67x"
 
 
 def test_baseline(cpu_report):
@@ -144,6 +178,11 @@ def test_profile_table():
     assert lines[0] == "torch on P"
     assert lines[2].split() == ["1", "short", "sentence,", "100", "ms", "calls", "time", "share"]
     assert lines[3].split() == ["linear", "24.0", "60.0", "ms", "60.0%"]
+    assert len(lines) == 5
+    report["workloads"][0]["operators"] = [("aten::addmm", 24, 0.03), ("no operator of torch", 1, 0.09)]
+    lines = profile_table(report).splitlines()
+    assert lines[5].startswith("the same, by torch's operators")
+    assert lines[6].split() == ["aten::addmm", "24.0", "30.0", "ms", "25.0%"]
 
 
 def test_parity_has_a_column_where_it_was_checked(cpu_report):

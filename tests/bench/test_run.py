@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minilm import MiniLMConfig
 from minilm.bench import measure
 from minilm.bench.contestant import Contestant
 from minilm.bench.engines import Choice
 from minilm.bench.measure import run, run_profile
 from minilm.bench.processes import WorkerError
 from minilm.bench.report import profile_table, table
-from minilm.bench.results import _describe_engine
+from minilm.bench.results import _describe_engine, _results
 from minilm.bench.settings import Settings
+from minilm.bench.workloads import Workload
 
 TOYS = """
 import os, sys, traceback
@@ -111,7 +113,7 @@ def test_results_are_consistent(ran):
         assert result["fraction_of_peak"] == pytest.approx(result["flops_per_second"] / best)
     assert timed["tokens-16-64", "torch"]["faithful"] is True
     assert timed["tokens-16-64", "Wrong"]["faithful"] is False
-    assert timed["attention-16-48", "padded-attention"]["faithful"] is None
+    assert timed["attention-16-48", "padded-attention"]["faithful"] is True
 
 
 def test_the_report_says_what_was_measured_where(ran):
@@ -220,6 +222,75 @@ def test_a_round_that_would_not_fit_is_not_begun(monkeypatch):
     settings = SimpleNamespace(seconds=35.0, device="cpu")
     measure._rounds([machine, engine], [SimpleNamespace(name="a")], settings, 0.0, lambda _: None)
     assert len(engine.samples["a"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("role", "promise", "asked", "status"),
+    [
+        ("backend", None, None, "wrong"),
+        ("backend", 0.97, None, "ok"),
+        ("backend", 0.97, 0.99, "wrong"),
+        ("peer", None, 0.9, "wrong"),
+        ("peer", 0.97, 0.99, "ok"),
+    ],
+)
+def test_an_engine_is_held_to_its_promise_and_a_backend_to_what_is_asked(role, promise, asked, status):
+    """Its smallest cosine is 0.98."""
+    choice = Choice("own", role, "own", "float32", "cpu", "")
+    ready = {"a": {"min_cosine": 0.98, "max_error": 0.2, "seconds": 0.1}}
+    contestant = Contestant(choice, FakeWorker("own"), {"precision": "int8", "min_cosine": promise}, ready)
+    described = _describe_engine(contestant, Settings(device="cpu", min_cosine=asked))
+    assert (described["status"], described["precision"]) == (status, "int8")
+
+
+def test_an_engine_is_held_against_the_peak_of_its_precision():
+    workload, sizes = Workload("tokens-16-16", "tokens", "", (16,)), MiniLMConfig()
+    ready = {workload.name: {"min_cosine": 1.0, "max_error": 0.0}}
+    engine = Contestant(Choice("own", "backend", "own", "float32", "cpu", ""), FakeWorker("own"), ready=ready)
+    engine.samples = {workload.name: [2.0]}
+    ceilings = {name: {"unit": "FLOP/s", "dtype": name, "median": rate} for name, rate in (("float32", 1), ("int8", 4))}
+    for precision, peak in (("float32", 1), ("int8", 4)):
+        engine.loaded = {"precision": precision}
+        (result,) = _results([engine], [workload], sizes, ceilings, Settings(device="cpu"))
+        assert result["fraction_of_peak"] == pytest.approx(workload.flops(sizes) / 2 / peak)
+
+
+def test_the_machine_shows_the_ceilings_of_the_precisions_that_are_used():
+    FakeWorker.asked.clear()
+    prepared = []
+
+    class Noting(FakeWorker):
+        def send(self, do, **request):
+            prepared.append((self.name, request.get("names")))
+            super().send(do, **request)
+
+    ceilings = {name: {"dtype": name.strip("0123456789")} for name in ("a1", "a2", "b1", "1")}
+    machine = Contestant(Choice("m", "machine", "m", "", "cpu", ""), Noting("m"))
+    machine.loaded = {"workloads": list(ceilings), "facts": ceilings, "precision": ""}
+    engine = Contestant(Choice("x", "peer", "x", "", "cpu", ""), Noting("x"), {"workloads": ["w"], "precision": "a"})
+    measure._prepare([machine, engine], Settings(device="cpu"), [SimpleNamespace(name="w", priority=0)], lambda _: None)
+    assert prepared == [("m", ["a1", "a2", "1"]), ("x", ["w"])]
+
+
+def test_sts_is_asked_of_those_that_encode_texts_when_all_is_timed():
+    FakeWorker.asked.clear()
+
+    class Scoring(FakeWorker):
+        def receive(self, _):
+            answers = {
+                "finish": {"peak_memory": 1, "extras": {}},
+                "sts": {"average": 78.9, "tasks": {"stsb": 82.0}},
+            }
+            return {**answers[self.asked[-1][1]], "arrived": 1.0}
+
+    text, tokens = Workload("t", "texts", ""), Workload("tokens-16-64", "tokens", "", (16,))
+    engines = [
+        Contestant(Choice(name, "peer", name, "", "cpu", ""), Scoring(name), ready={ready: {}})
+        for name, ready in (("x", "t"), ("y", "tokens-16-64"))
+    ]
+    measure._finish(engines, [text, tokens], Settings(device="cpu", sts=True, data="d"), lambda _: None)
+    assert [name[:2] for name in FakeWorker.asked] == [("x", "finish"), ("x", "sts"), ("y", "finish")]
+    assert [engine.sts for engine in engines] == [{"average": 78.9, "tasks": {"stsb": 82.0}}, {}]
 
 
 def test_a_backend_that_fails_the_parity_suite_is_wrong():

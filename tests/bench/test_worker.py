@@ -10,8 +10,11 @@ import torch
 from minilm.bench import engines, gpu, worker
 from minilm.bench.engines import Choice
 from minilm.bench.peers import PEERS
+from minilm.bench.reference import build as build_reference
 from minilm.bench.timing import HostTimer
 from minilm.bench.worker import Seat
+from minilm.evaluate import STSDataError, evaluate_sts
+from minilm.evaluate.sts_data import TASKS
 
 
 def seat_of(scratch, role, name, dtype="float32"):
@@ -163,6 +166,42 @@ def test_the_reference_is_read_from_any_sentences(tmp_path):
         read_sentences(str(tmp_path))
     with pytest.raises(OSError, match="nowhere"):
         read_sentences(str(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def sts_data(tmp_path):
+    """A folder with two pairs of sentences in each task."""
+    for task in TASKS:
+        (tmp_path / task).mkdir()
+        pairs = "5.0\tA man is eating.\tSomeone eats.\n1.0\tA plane takes off.\tA cat sleeps.\n2.0\tRain.\tIt snows.\n"
+        (tmp_path / task / "test.tsv").write_text(pairs, encoding="utf-8")
+    return tmp_path
+
+
+def test_sts_scores_are_those_of_the_encoder(scratch, sts_data, encoder):
+    seat, _ = seat_of(scratch, "backend", "torch")
+    scores = seat.sts(str(sts_data))
+    expected = evaluate_sts(encoder, sts_data, show_progress_bar=False)
+    assert scores["average"] == pytest.approx(expected.average)
+    assert list(scores["tasks"]) == list(TASKS)
+    assert scores["average"] > 0
+    json.dumps(scores, allow_nan=False)
+
+
+def test_sts_data_that_is_not_there_is_told_before_anything_is_measured(canonical_folder, tmp_path):
+    with pytest.raises(STSDataError):
+        build_reference(str(canonical_folder), str(tmp_path), ["text-short-1"], str(tmp_path / "scratch"), sts=True)
+
+
+@pytest.mark.parametrize(("promised", "expected"), [((None, None), ("float32", None)), (("int8", 0.9), ("int8", 0.9))])
+def test_a_backend_says_what_it_multiplies_in_and_how_close_it_stays(scratch, tmp_path, promised, expected):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from minilm.kernels.torch_backend import TorchBackend\n\n"
+        f"class Own(TorchBackend):\n    precision, min_cosine = {promised!r}\n"
+    )
+    _, loaded = seat_of(scratch, "backend", f"{path}:Own")
+    assert (loaded["precision"], loaded["min_cosine"]) == expected
 
 
 @pytest.fixture

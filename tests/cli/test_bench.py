@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minilm.bench.peers import PEERS
 from minilm.bench.report import table
 from minilm.cli import main
+from minilm.kernels.backend import BACKENDS
 
 SMALL = ["bench", "--device", "cpu", "--backend", "torch", "--peers", "none", "--seconds", "1", "--threads", "1"]
 
@@ -64,6 +67,7 @@ def test_a_backend_that_fails_is_an_exit_code(report, tmp_path, role, status, co
         (["--peers", "onyx"], "unknown peer onyx; known: sentence-transformers"),
         (["--workloads", "texts,image-1"], "unknown workload 'image-1'"),
         (["--dtype", "int3"], "DTYPE one of float32"),
+        (["--sts"], "sts needs data"),
         (["--show", "nowhere.json"], "nowhere.json"),
         (["--profile", "--plot", "x.png"], "--profile goes with neither --plot nor --show"),
     ],
@@ -86,11 +90,13 @@ def test_without_matplotlib_nothing_is_measured_in_vain(monkeypatch, the_error):
     assert 'pip install "minilm[plots]"' in the_error()
 
 
-def test_help_names_every_peer_and_every_kind_of_workload(capsys):
+def test_help_names_every_engine_and_every_kind_of_workload(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     text = capsys.readouterr().out
-    for word in ("transformers-compiled", "flash-attention", "text-mixed-192", "path/to/file.py:Class", "examples:"):
+    named = re.search(r"backends \(--backend\): auto, (.*), package\.module", text)
+    assert set(named[1].split(", ")) == set(BACKENDS)
+    for word in (*PEERS, "text-mixed-192", "path/to/file.py:Class", "examples:"):
         assert word in text
 
 

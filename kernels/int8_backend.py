@@ -25,6 +25,7 @@ class Int8Backend(PackedBackend):
     """Products in 8-bit integers. Inference only; where gradients are wanted, plain torch computes in float32."""
 
     name = "int8"
+    precision = "int8"
     min_cosine = 0.98
     needs_input_ranges = True
 

@@ -23,6 +23,7 @@ class TorchBackend:
     Attributes:
         name: what tables and messages call it.
         differentiable: whether gradients can be had through its operations.
+        precision: what its products are computed in, where that is not the model's dtype.
         min_cosine: for a backend that approximates: the cosine to plain torch's vectors that it keeps; None if exact.
         best_batch_tokens: at most so many tokens should share a batch; None if more are always better.
         needs_input_ranges: whether linear maps must know the ranges of their inputs (`minilm.activations`).
@@ -30,6 +31,7 @@ class TorchBackend:
 
     name = "torch"
     differentiable = True
+    precision: str | None = None
     min_cosine: float | None = None
     best_batch_tokens: int | None = None
     needs_input_ranges = False

@@ -18,14 +18,14 @@ def run(code, *arguments):
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_encodes_without_triton(canonical_folder, backend):
+@pytest.mark.parametrize(("backend", "used"), [("auto", "packed"), ("torch", "torch"), ("int8", "int8")])
+def test_encodes_without_triton(canonical_folder, backend, used):
     code = WITHOUT + (
         "import minilm\n"
         "encoder = minilm.load(sys.argv[1], device='cpu', backend=sys.argv[2])\n"
         "print(encoder.encode('a b').shape, encoder.model.backend.name)"
     )
-    assert run(code, str(canonical_folder), backend) == "(384,) torch"
+    assert run(code, str(canonical_folder), backend) == f"(384,) {used}"
 
 
 def test_info_without_triton(canonical_folder):

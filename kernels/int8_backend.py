@@ -25,6 +25,7 @@ class Int8Backend(PackedBackend):
     """Products in 8-bit integers. Inference only; where gradients are wanted, plain torch computes in float32."""
 
     name = "int8"
+    multiplier = "oneDNN, 8-bit integers"
     precision = "int8"
     min_cosine = 0.98
     needs_input_ranges = True
@@ -35,8 +36,11 @@ class Int8Backend(PackedBackend):
 
     def describe(self) -> dict[str, Any]:
         """Return its class, who multiplies, and how finely inputs are rounded."""
-        products = "oneDNN, 8-bit integers" if missing() is None else f"plain torch, as {missing()}"
-        return {**TorchBackend.describe(self), "products": products, "levels of inputs": levels() + 1}
+        return {**TorchBackend.describe(self), "products": self._products(), "levels of inputs": levels() + 1}
+
+    def _missing(self) -> str | None:
+        """Return why products are left to plain torch; None if they are not."""
+        return missing()
 
     def _pack_linear(self, linear: nn.Linear) -> Callable[..., Tensor]:
         """Round a linear map."""

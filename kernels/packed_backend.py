@@ -44,6 +44,7 @@ class PackedBackend(TorchBackend):
     """
 
     name = "packed"
+    multiplier = "oneDNN, packed weights"
     best_batch_tokens = 2048
 
     def __init__(self, config: MiniLMConfig, base: type[TorchBackend] | None = None) -> None:
@@ -57,7 +58,9 @@ class PackedBackend(TorchBackend):
         )
         self._fuses_feed_forward = not self.overrides(base, "linear", "gelu", "layer_norm", "add_layer_norm")
         self._runs_whole = not self.overrides(base)
-        self._report_missing()
+        if self._missing() is not None:
+            reason = f"the {self.name} backend's products are left to {self._products()}"
+            warnings.warn(reason, BackendWarning, stacklevel=3)
 
     @classmethod
     def unavailable(cls, config: MiniLMConfig, device: str) -> str | None:  # noqa: ARG003 - any sizes will do
@@ -66,9 +69,8 @@ class PackedBackend(TorchBackend):
 
     def describe(self) -> dict[str, Any]:
         """Return its class, who multiplies, and in which dtypes."""
-        products = "oneDNN, packed weights" if missing() is None else f"plain torch, as {missing()}"
         wide = [str(dtype).removeprefix("torch.") for dtype in DTYPES if not is_native(dtype)]
-        return {**super().describe(), "products": products, "multiplied in float32": wide}
+        return {**super().describe(), "products": self._products(), "multiplied in float32": wide}
 
     def whole(self, batch: Packed, weights: EncoderWeights) -> Tensor | None:
         """Return the last hidden state, computed on a number of rows for which oneDNN has its code ready.
@@ -143,11 +145,11 @@ class PackedBackend(TorchBackend):
 
     def _attention_block(self, x: Tensor, layer: PackedLayer, batch: Packed) -> Tensor:
         """See `attention_block`."""
-        return _layer_norm(layer.output(self._context(layer.qkv(x), batch), x), layer.attention_norm)
+        return self.layer_norm(layer.output(self._context(layer.qkv(x), batch), x), layer.attention_norm)
 
     def _feed_forward_block(self, x: Tensor, layer: PackedLayer) -> Tensor:
         """See `feed_forward_block`."""
-        return _layer_norm(layer.feed_forward(x), layer.feed_forward_norm)
+        return self.layer_norm(layer.feed_forward(x), layer.feed_forward_norm)
 
     def _context(self, heads: Tensor, batch: Packed) -> Tensor:
         """Return attention's result for the projected rows `[T, 3·C]`: `[T, C]`; of rows beyond the batch's, zeros."""
@@ -172,16 +174,13 @@ class PackedBackend(TorchBackend):
             return True
         return x.dtype not in DTYPES or x.is_meta or torch.compiler.is_compiling()
 
-    def _report_missing(self) -> None:
-        """Warn if products are left to plain torch."""
-        products = str(self.describe()["products"])
-        if products.startswith("plain torch"):
-            warnings.warn(f"the {self.name} backend's products are left to {products}", BackendWarning, stacklevel=4)
+    def _missing(self) -> str | None:
+        """Return why products are left to plain torch; None if they are not."""
+        return missing()
 
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Return LN(x)."""
-    return torch.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    def _products(self) -> str:
+        """Say who multiplies."""
+        return self.multiplier if self._missing() is None else f"plain torch, as {self._missing()}"
 
 
 def rows_to_compute(rows: int) -> int:
@@ -194,4 +193,4 @@ def rows_to_compute(rows: int) -> int:
 
 def _is_scattered(batch: Packed) -> bool:
     """Whether sequences of equal length lie apart, so that they are better gathered than taken as they lie."""
-    return len(batch.runs) > 2 * len(set(batch.lengths))
+    return len(batch.runs) > 2 * len({length for *_, length in batch.runs})

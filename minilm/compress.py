@@ -38,9 +38,7 @@ def _rounded(name: str, weight: Tensor, linear: Linear | None = None) -> dict[st
     weight, inputs = weight.detach(), {}
     if linear is not None and linear.input_range is not None:
         step = input_steps(linear.input_range)[0]
-        if name.endswith(
-            "feed_forward.output"
-        ):  # behind a GELU no step can be taken up: see minilm.kernels.int8_linear
+        if name.endswith("feed_forward.output"):  # no step can be taken up behind a GELU: see int8_linear
             step = torch.ones_like(step)
         inputs = {f"{name}.{int8.STEP}": step, f"{name}.{int8.RANGE}": linear.input_range}
         weight = weight * step

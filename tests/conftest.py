@@ -198,6 +198,18 @@ def own_sentences() -> list[str]:
     return (files("minilm") / "calibration.txt").read_text(encoding="utf-8").splitlines()
 
 
+@pytest.fixture
+def texts(own_sentences: list[str]) -> list[str]:
+    """A few of them."""
+    return own_sentences[:24]
+
+
+@pytest.fixture
+def own_encoder(canonical_folder: Path) -> SentenceEncoder:
+    """An encoder that a test may change."""
+    return load(canonical_folder, device="cpu")
+
+
 @pytest.fixture(scope="session")
 def sts_folder() -> Path:
     """The STS data; where it is not, tests of it are skipped, unless MINILM_REQUIRE_STS is set."""

@@ -5,22 +5,10 @@ import warnings
 import numpy as np
 import pytest
 
-import minilm
 from minilm.embed import Embedder, TruncationWarning, plan_batches
 from minilm.kernels.torch_backend import TorchBackend
 
 LONG = "one two three " * 100  # 302 tokens
-
-
-@pytest.fixture
-def texts(own_sentences):
-    return own_sentences[:24]
-
-
-@pytest.fixture
-def own_encoder(canonical_folder):
-    """An encoder that a test may change."""
-    return minilm.load(canonical_folder, device="cpu")
 
 
 @pytest.fixture

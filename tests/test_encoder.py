@@ -18,17 +18,6 @@ ODD_TEXTS = list(json.loads((Path(__file__).parent / "texts.json").read_text(enc
 LONG = "one two three " * 100  # 302 tokens
 
 
-@pytest.fixture
-def texts(own_sentences):
-    return own_sentences[:24]
-
-
-@pytest.fixture
-def own_encoder(canonical_folder):
-    """An encoder that a test may change."""
-    return minilm.load(canonical_folder, device="cpu")
-
-
 # Forms in and out.
 
 

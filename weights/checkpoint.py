@@ -65,6 +65,11 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if name not in OPTIONAL}
 
     @property
+    def stored(self) -> dict[str, torch.Tensor]:
+        """What a file holds of the weights: their 8-bit form if they have one, else the tensors as they are."""
+        return self.int8 or self.tensors
+
+    @property
     def input_ranges(self) -> dict[str, torch.Tensor]:
         """The range of each linear map's inputs, `[2, K]`, by the map's name; none unless the weights are 8-bit."""
         return int8.input_ranges(self.int8 or {})
@@ -95,7 +100,7 @@ class Checkpoint:
         check_canonical(self.tensors, self.config, "the checkpoint to save")
         with new_folder(target, replaces=_replaceable_files(target)) as temporary:
             (temporary / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
-            write_safetensors(temporary / WEIGHTS_FILE, self.int8 or self.tensors, self._metadata())
+            write_safetensors(temporary / WEIGHTS_FILE, self.stored, self._metadata())
         return target
 
     def _metadata(self) -> dict[str, str]:
@@ -107,7 +112,7 @@ class Checkpoint:
             "calibration": None if self.calibration is None else self.calibration.float().tolist(),
             "golden": self.golden,
             "fingerprint": fingerprint(self),
-            "checksum": _checksum(self.int8 or self.tensors, self.tokenizer_json),
+            "checksum": _checksum(self.stored, self.tokenizer_json),
         }
         return {"format": FORMAT, "format_version": FORMAT_VERSION} | {k: json.dumps(values[k]) for k in METADATA}
 

@@ -187,7 +187,7 @@ class Ours(Engine):
         choice = self.choice
         self.encoder = load(self.plan["model"], device=choice.device, dtype=choice.dtype, backend=choice.name)
         backend = self.encoder.model.backend
-        self.precision, self.min_cosine = getattr(backend, "precision", None), backend.min_cosine
+        self.precision, self.min_cosine = backend.precision, backend.min_cosine
 
     def call(self, workload: Workload, rotation: int) -> Callable[[], Any]:
         """See `Engine`."""

@@ -16,11 +16,11 @@ import onnx
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from minilm.bench.onnx_peers import OUTPUT
 from minilm.bench.worker import describe
 
 OPSET = 17  # the first with LayerNormalization
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-OUTPUT = "sentence_embedding"
 PLAIN, FUSED = "plain.onnx", "fused.onnx"
 
 Plan = dict[str, Any]

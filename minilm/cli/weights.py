@@ -109,9 +109,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         "folder": str(locate(arguments.source)),
         "fingerprint": fingerprint(checkpoint),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
-        "dtypes": sorted(
-            {str(x.dtype).removeprefix("torch.") for x in (checkpoint.int8 or checkpoint.tensors).values()}
-        ),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.stored.values()}),
         "config": checkpoint.config.to_dict(),
         "encoding": checkpoint.encoding.to_dict(),
         "provenance": checkpoint.provenance,

@@ -60,3 +60,20 @@ def judge() -> Callable[..., None]:
             assert error <= 2 * allowed + FLOORS[mine.dtype], f"{label}: error {error:.2e}, plain torch {allowed:.2e}"
 
     return check
+
+
+@pytest.fixture
+def overriding() -> Callable[[type, str], tuple[type, list[str]]]:
+    """`overriding(backend, operation)`: a subclass with an operation of its own, and a list of the calls to it."""
+
+    def make(backend: type, operation: str) -> tuple[type, list[str]]:
+        called: list[str] = []
+
+        def own(self: object, *args: object) -> object:
+            called.append(operation)
+            return getattr(super(made, self), operation)(*args)
+
+        made = type("Own", (backend,), {operation: own})
+        return made, called
+
+    return make

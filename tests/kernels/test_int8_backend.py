@@ -86,14 +86,8 @@ def test_gradients_are_plain_torch_s(model):
 
 
 @pytest.mark.parametrize("operation", ["linear", "gelu", "layer_norm", "add_layer_norm", "attention", "project_heads"])
-def test_an_operation_of_a_subclass_is_used(model, operation):
-    called = []
-
-    def own(self, *args):
-        called.append(operation)
-        return getattr(super(Own, self), operation)(*args)
-
-    Own = type("Own", (Int8Backend,), {operation: own})  # noqa: N806 - a class
+def test_an_operation_of_a_subclass_is_used(model, operation, overriding):
+    Own, called = overriding(Int8Backend, operation)  # noqa: N806 - a class
     with model.use_backend(Own):
         ours = output(model, batch_of(LENGTHS))
     assert called

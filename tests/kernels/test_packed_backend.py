@@ -125,14 +125,8 @@ def test_dropout_is_applied_in_training_without_gradients(model):
 
 
 @pytest.mark.parametrize("operation", ["linear", "gelu", "layer_norm", "add_layer_norm", "attention", "project_heads"])
-def test_an_operation_of_a_subclass_is_used(model, operation):
-    called = []
-
-    def own(self, *args):
-        called.append(operation)
-        return getattr(super(Own, self), operation)(*args)
-
-    Own = type("Own", (PackedBackend,), {operation: own})  # noqa: N806 - a class
+def test_an_operation_of_a_subclass_is_used(model, operation, overriding):
+    Own, called = overriding(PackedBackend, operation)  # noqa: N806 - a class
     with model.use_backend(Own):
         ours = outputs(model, batch_of([4, 4, 2]))
     assert called

@@ -18,17 +18,24 @@ from minilm.kernels.backend import BackendError
 from minilm.kernels.int8_linear import QuantizedFeedForward, QuantizedLinear, levels, missing
 from minilm.kernels.operands import FeedForwardWeights
 from minilm.kernels.packed_backend import PackedBackend
+from minilm.kernels.packed_linear import is_native
 from minilm.kernels.torch_backend import TorchBackend
 
 
 class Int8Backend(PackedBackend):
-    """Products in 8-bit integers. Inference only; where gradients are wanted, plain torch computes in float32."""
+    """Products in 8-bit integers. Inference only; where gradients are wanted, plain torch computes in float32.
+
+    Attributes:
+        bfloat16_from: sequences of so many tokens attend in bfloat16 where the CPU multiplies such numbers faster; for
+            shorter ones the conversion costs as much as it gains.
+    """
 
     name = "int8"
     multiplier = "oneDNN, 8-bit integers"
     precision = "int8"
     min_cosine = 0.98
     needs_input_ranges = True
+    bfloat16_from = 96
 
     def __init__(self, config: MiniLMConfig) -> None:
         """Keep the sizes; weights are rounded when first used."""
@@ -52,6 +59,12 @@ class Int8Backend(PackedBackend):
         ranges = input_range(first), input_range(second)
         quantized = _of_any_dtype(QuantizedFeedForward(_parameters(first), _parameters(second), *ranges))
         return lambda x: quantized(x, x)
+
+    def _attend(self, heads: Tensor) -> Tensor:
+        """Attention within sequences of equal length; of long ones in bfloat16, finer still than the products."""
+        if heads.shape[1] < self.bfloat16_from or not is_native(torch.bfloat16):
+            return super()._attend(heads)
+        return super()._attend(heads.bfloat16()).to(heads.dtype)
 
 
 class RangeRecorder(TorchBackend):

@@ -51,7 +51,8 @@ class QuantizedWeights:
     @classmethod
     def round(cls, weight: Tensor) -> QuantizedWeights:
         """Round a float matrix `[N, K]`."""
-        scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        least, greatest = weight.aminmax(dim=1)
+        scale = (torch.maximum(-least, greatest) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         return cls((weight / scale.unsqueeze(1)).round_().to(torch.int8), scale)
 
 
@@ -129,8 +130,10 @@ def split_units(largest: Tensor) -> tuple[float, Tensor, Tensor]:
         if copies.sum() <= MOST_COPIES:
             break
     units = torch.arange(len(largest))
-    multiples = [torch.arange(1, count + 1) for count in copies.tolist()]
-    return limit, torch.cat([units, units.repeat_interleave(copies)]), limit * torch.cat([0 * units, *multiples])
+    copied = units.repeat_interleave(copies)
+    first = (copies.cumsum(0) - copies)[copied]  # where a unit's copies begin
+    multiples = torch.arange(len(copied)) - first + 1
+    return limit, torch.cat([units, copied]), limit * torch.cat([0 * units, multiples])
 
 
 class _Product:

@@ -153,20 +153,22 @@ class PackedBackend(TorchBackend):
 
     def _context(self, heads: Tensor, batch: Packed) -> Tensor:
         """Return attention's result for the projected rows `[T, 3·C]`: `[T, C]`; of rows beyond the batch's, zeros."""
-        split = 3, self.config.num_heads, self.config.head_size
         if _is_scattered(batch):
-            query, key, value = heads[: batch.num_tokens].unflatten(1, split).unbind(1)
-            contexts = [self.attention(query, key, value, batch).flatten(1)]
-        else:
-            contexts = []
-            for row, n, length in batch.runs:
-                run = heads[row : row + n * length].view(n, length, *split)
-                query, key, value = run.permute(2, 0, 3, 1, 4).unbind()  # [n, H, L, D] each
-                context = F.scaled_dot_product_attention(query, key, value)
-                contexts.append(context.transpose(1, 2).reshape(n * length, -1))
+            context = heads.new_zeros(len(heads), heads.shape[1] // 3)
+            for _, rows in batch.length_groups:
+                context[rows] = self._attend(heads[rows])
+            return context
+        runs = [(heads[row : row + n * length], n, length) for row, n, length in batch.runs]
+        contexts = [self._attend(run.view(n, length, -1)).flatten(0, 1) for run, n, length in runs]
         if beyond := len(heads) - batch.num_tokens:
             contexts.append(contexts[0].new_zeros(beyond, contexts[0].shape[1]))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def _attend(self, heads: Tensor) -> Tensor:
+        """Attention within sequences of equal length: projected rows `[n, L, 3·C]` -> `[n, L, C]`."""
+        split = heads.unflatten(2, (3, self.config.num_heads, self.config.head_size))
+        query, key, value = split.permute(2, 0, 3, 1, 4).unbind()  # [n, H, L, D] each
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
     def _is_plain(self, x: Tensor, weights: nn.Linear | None = None) -> bool:
         """Whether plain torch computes this: gradients are wanted, a graph is traced, or the dtype is none of ours."""

@@ -55,5 +55,5 @@ def _matrix(name: str, stored: Mapping[str, torch.Tensor], where: object) -> tor
     shapes = [None if part is None else tuple(part.shape) for part in (step, limits)]
     if shapes not in ([None, None], [(values.shape[1],), (2, values.shape[1])]):
         raise WeightsError(f"{where}: {module} has an input_step and input_range of shapes {shapes}, which do not fit")
-    weight = values * scale.unsqueeze(1)
-    return weight if step is None else weight / step
+    weight = values.float().mul_(scale.unsqueeze(1))  # in place: new memory costs more than the arithmetic
+    return weight if step is None else weight.div_(step)

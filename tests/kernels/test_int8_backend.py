@@ -65,11 +65,12 @@ def test_the_whole_encoder_is_what_its_steps_are(model):
     assert len(steps) % 64
 
 
-def test_a_sequence_is_the_same_alone_and_in_company(model):
+@pytest.mark.parametrize("lengths", [LENGTHS, [129, 15, 33, 96] * 3], ids=["longest first", "scattered"])
+def test_a_sequence_is_the_same_alone_and_in_company(model, lengths):
     """Ranges are fixed ahead of time: nothing of a neighbour's reaches it but the order in which floats are added."""
-    batch = batch_of(LENGTHS)
+    batch = batch_of(lengths)
     together = output(model, batch)
-    for index, length in enumerate(LENGTHS):
+    for index, length in enumerate(lengths):
         alone = output(model, PackedBatch.from_sequences([batch.sequence(batch.ids, index).tolist()]))
         torch.testing.assert_close(alone, batch.sequence(together, index), atol=0.02, rtol=0)
         assert alone.shape == (length, 64)

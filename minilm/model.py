@@ -117,7 +117,7 @@ class MiniLM(nn.Module):
         self.config = config or MiniLMConfig()
         if backend != "auto":
             backend_class(backend)  # what is no backend at all is an error now; whether it runs, where it is to run
-        self._choice = backend
+        self._choice: BackendChoice | TorchBackend = backend
         self._backends: dict[tuple[BackendChoice, str], TorchBackend] = {}
         self.embeddings = Embeddings(self.config)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config.num_layers))  # type: ignore[assignment]
@@ -159,13 +159,23 @@ class MiniLM(nn.Module):
         Raises:
             BackendError: the backend asked for can't run there.
         """
+        if isinstance(self._choice, TorchBackend):
+            return self._choice
         key = (self._choice, device)
         made = self._backends.get(key)
         return made or self._backends.setdefault(key, make_backend(self._choice, self.config, device))
 
+    @property
+    def backend_choice(self) -> BackendChoice | TorchBackend:
+        """What was asked for, when the model was made or in a `use_backend` block."""
+        return self._choice
+
     @contextmanager
-    def use_backend(self, choice: BackendChoice) -> Iterator[TorchBackend]:
+    def use_backend(self, choice: BackendChoice | TorchBackend) -> Iterator[TorchBackend]:
         """Compute with another backend within a `with` block; other threads that use this model do so as well.
+
+        Args:
+            choice: as `make_backend` takes it, or a backend made already.
 
         Raises:
             BackendError: it can't run here; the block is not entered.

@@ -15,7 +15,7 @@ FILES = {".gitignore", "LICENSE", "README.md", "constraints.txt", "pyproject.tom
 LAYERS = [  # imports point up this list; a module belongs to the first pattern that matches its name
     r"minilm(\.config)?",
     r"minilm\.(kernels|weights)(\..*)?",
-    r"minilm\.(?!bench|cli|evaluate|parity|pipelines|verify)\w+",  # the encoder and what it is made of
+    r"minilm\.(?!bench|cli|evaluate|internals|parity|pipelines|train|verify)\w+",  # the encoder and what it is made of
     r"minilm\..*",
 ]
 

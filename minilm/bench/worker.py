@@ -186,7 +186,7 @@ class Seat:
 
         scores = evaluate_sts(Encoder(), data, show_progress_bar=False).to_dict()
         tasks = {name: task["spearman"] for name, task in scores["tasks"].items()}
-        return {"average": scores["average_spearman"], "tasks": tasks}
+        return {"average": scores["figures"]["average"], "tasks": tasks}
 
     def profile(self, names: list[str], seconds: float) -> dict[str, Any]:
         """Return where the time of each workload goes."""

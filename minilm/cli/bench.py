@@ -83,8 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and show; 1 if a backend failed or differs from plain torch."""
     if arguments.profile:
         return _profile(arguments)
-    from minilm.bench.plots import check_matplotlib, plot
+    from minilm.bench.plots import plot
     from minilm.bench.report import table
+    from minilm.plot_style import check_matplotlib
 
     if arguments.plot is not None:
         check_matplotlib()  # now, not after minutes of measuring

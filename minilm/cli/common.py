@@ -46,10 +46,11 @@ def add_command(
     return parser
 
 
-def add_model_options(parser: Parser) -> None:
-    """Add the options that say which model to load, and how."""
+def add_model_options(parser: Parser, *, named: bool = True) -> None:
+    """Add the options that say which model to load (if it is to be `named` by one) and how."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
+    if named:
+        group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
     group.add_argument("--backend", default="auto", metavar="NAME", help=BACKEND_HELP)

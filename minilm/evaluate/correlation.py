@@ -1,17 +1,11 @@
-"""Correlation coefficients in numpy: Pearson's r, and Spearman's rho with average ranks for ties."""
+"""Correlation coefficients in numpy: Pearson's r, and Spearman's rho with average ranks for ties, also of resamples."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-
-def average_ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Rank values `[n]` from 1 to n, float64; equal values share the average of the ranks they span."""
-    _, group, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    last_ranks = np.cumsum(counts)
-    shared: NDArray[np.float64] = last_ranks - (counts - 1) / 2
-    return shared[group]
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float:
@@ -35,8 +29,40 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
     Raises:
         ValueError: as for `pearson`.
     """
-    first, second = _checked(a, b)
-    return pearson(average_ranks(first), average_ranks(second))
+    correlation = ResampledSpearman(a, b)
+    return correlation(np.ones(correlation.num_pairs, dtype=np.int64))
+
+
+class ResampledSpearman:
+    """Spearman's correlation of pairs of which each counts several times or not at all; values are sorted only once.
+
+    Args:
+        a: the first values, `[n]`.
+        b: the second values, `[n]`.
+
+    Raises:
+        ValueError: as for `pearson`.
+    """
+
+    def __init__(self, a: ArrayLike, b: ArrayLike) -> None:
+        pair = _checked(a, b)
+        self.num_pairs = pair.shape[1]
+        # The place of each value among the different ones in rising order.
+        self._groups = [np.unique(values, return_inverse=True)[1] for values in pair]
+
+    def __call__(self, counts: NDArray[np.int64]) -> float:
+        """Return the correlation with pair i counted `counts[i]` times; nan where it has no value."""
+        centred = [self._ranks(group, counts) - (counts.sum() + 1) / 2 for group in self._groups]
+        covariance = float((counts * centred[0] * centred[1]).sum())
+        scale = math.sqrt((counts * centred[0] ** 2).sum()) * math.sqrt((counts * centred[1] ** 2).sum())
+        return float(np.clip(covariance / scale, -1.0, 1.0)) if scale else math.nan
+
+    @staticmethod
+    def _ranks(group: NDArray[np.intp], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the average rank of each pair among all that are counted, `[n]`; their mean is (total + 1) / 2."""
+        sizes = np.bincount(group, weights=counts)
+        shared: NDArray[np.float64] = np.cumsum(sizes) - (sizes - 1) / 2
+        return shared[group]
 
 
 def _checked(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:

@@ -10,93 +10,126 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minilm.evaluate.correlation import pearson, spearman
-from minilm.evaluate.sts_data import TASKS, Pairs, Task, read_sts
-from minilm.progress import progress_bar
+from minilm.evaluate.correlation import ResampledSpearman, pearson
+from minilm.evaluate.result import Counts, Result, aligned, json_number
+from minilm.evaluate.sts_data import TASKS, Task, read_sts
+from minilm.evaluate.vectors import Encoder, UnitVectors, unit_vectors
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 1024
-"""Sentences handed to the encoder at a time, between two steps of the progress bar."""
 
-
-class Encoder(Protocol):
-    """Anything that turns n texts into an `[n, C]` array or CPU tensor: this library's encoder, or another's."""
-
-    def encode(self, sentences: list[str], /) -> Any:
-        """Return one vector a text, in order."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class STSScore:
-    """The figures of one task or subset; a correlation is nan where it is undefined (say, all scores equal).
+    """How one task or subset was scored.
 
     Attributes:
         name: the task or subset.
-        num_pairs: sentence pairs.
-        spearman: Spearman's correlation x 100.
-        pearson: Pearson's correlation x 100.
-        subsets: the figures of the task's subsets, where it has several.
+        similarities: the cosine of each pair, float64 `[n]`.
+        gold: the similarity that people gave each pair, float64 `[n]`.
+        subsets: the same for each of the task's subsets, where it has several.
     """
 
     name: str
-    num_pairs: int
-    spearman: float
-    pearson: float
+    similarities: NDArray[np.float64]
+    gold: NDArray[np.float64]
     subsets: tuple[STSScore, ...] = ()
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of sentence pairs."""
+        return len(self.gold)
+
+    @cached_property
+    def spearman(self) -> float:
+        """Spearman's correlation x 100; nan where it is undefined (say, all scores equal)."""
+        return 100 * self.resampled_spearman(np.ones(self.num_pairs, dtype=np.int64))
+
+    @cached_property
+    def pearson(self) -> float:
+        """Pearson's correlation x 100; nan where it is undefined."""
+        return 100 * pearson(self.similarities, self.gold)
+
+    @cached_property
+    def resampled_spearman(self) -> ResampledSpearman:
+        """A function that gives Spearman's correlation of a resample."""
+        return ResampledSpearman(self.similarities, self.gold)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as a dictionary that JSON can hold: unrounded, `None` for nan."""
         figures = {
             "num_pairs": self.num_pairs,
-            "spearman": _json_number(self.spearman),
-            "pearson": _json_number(self.pearson),
+            "spearman": json_number(self.spearman),
+            "pearson": json_number(self.pearson),
         }
-        return (
-            {**figures, "subsets": {subset.name: subset.to_dict() for subset in self.subsets}}
-            if self.subsets
-            else figures
-        )
+        subsets = {subset.name: subset.to_dict() for subset in self.subsets}
+        return {**figures, "subsets": subsets} if subsets else figures
 
 
 @dataclass(frozen=True)
-class STSResult:
-    """What `evaluate_sts` measured.
+class STSResult(Result):
+    """What `evaluate_sts` measured: the figures are Spearman's correlation x 100 by task, and their average.
 
     Attributes:
-        tasks: the figures of each task, in the order asked for.
+        tasks: the scores of each task, in the order asked for.
         split: `test` or `dev`.
     """
 
+    measure: ClassVar[str] = "sts"
+    headline: ClassVar[str] = "average"
+    digits: ClassVar[int] = 2
     tasks: tuple[STSScore, ...]
     split: str = "test"
 
     @property
     def average(self) -> float:
         """The mean of the tasks' Spearman correlations x 100; nan if one of them is."""
-        return sum(task.spearman for task in self.tasks) / len(self.tasks)
+        return self.figures[self.headline]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of pairs, all tasks together."""
+        return {"pairs": sum(self.strata)}
+
+    @property
+    def strata(self) -> tuple[int, ...]:
+        """The number of pairs of each task."""
+        return tuple(task.num_pairs for task in self.tasks)
+
+    def recount(self, counts: Sequence[Counts]) -> dict[str, float]:
+        """Compute Spearman's correlation x 100 of each task, and their average, on counted pairs."""
+        drawn = zip(self.tasks, counts, strict=True)
+        figures = {task.name: 100 * task.resampled_spearman(task_counts) for task, task_counts in drawn}
+        return {**figures, self.headline: sum(figures.values()) / len(figures)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a dictionary that JSON can hold."""
-        tasks = {task.name: task.to_dict() for task in self.tasks}
-        return {"split": self.split, "average_spearman": _json_number(self.average), "tasks": tasks}
+        return {
+            **super().to_dict(),
+            "split": self.split,
+            "average_spearman": json_number(self.average),
+            "tasks": {task.name: task.to_dict() for task in self.tasks},
+        }
 
     def table(self) -> str:
         """Lay the figures out as text, a row a task, and below it one a subset."""
-        rows = [("task", "pairs", "Spearman", "Pearson")]
+        rows = [["task", "pairs", "Spearman", "Pearson", *(["95% interval"] if self.intervals else [])]]
         for task in self.tasks:
-            rows.append(_row(task))
+            rows.append([*_row(task), *self._interval(task.name)])
             rows.extend(_row(subset, indent="  ") for subset in task.subsets)
-        rows.append((f"average of {len(self.tasks)}", "", f"{self.average:.2f}", ""))
-        width = max(len(row[0]) for row in rows)
-        return "\n".join(f"{name:<{width}} {pairs:>6} {rho:>9} {r:>8}".rstrip() for name, pairs, rho, r in rows)
+        rows.append([f"average of {len(self.tasks)}", "", f"{self.average:.2f}", "", *self._interval(self.headline)])
+        return aligned(rows)
+
+    def _interval(self, name: str) -> list[str]:
+        """Return the cell of an interval, or none."""
+        return [self.intervals[name].text(self.digits)] if name in self.intervals else []
 
 
 def evaluate_sts(
@@ -118,12 +151,12 @@ def evaluate_sts(
         show_progress_bar: `None` shows it if the `minilm` logger is at level INFO or below.
 
     Raises:
-        STSDataError: data is missing, malformed or out of reach.
+        EvaluationDataError: data is missing, malformed or out of reach.
         ValueError: an unknown task or split, or the encoder's vectors are unusable.
     """
     pairs = read_sts(data, tasks, split)
     sentences = [text for task in pairs.values() for part in task.values() for text in (*part.first, *part.second)]
-    unit = _unit_vectors(encoder, list(dict.fromkeys(sentences)), show_progress_bar)
+    unit = unit_vectors(encoder.encode, sentences, show_progress_bar)
     scores = tuple(_score_task(name, task, unit) for name, task in pairs.items())
     undefined = [score.name for task in scores for score in (task, *task.subsets) if math.isnan(score.spearman)]
     if undefined:
@@ -131,47 +164,18 @@ def evaluate_sts(
     return STSResult(scores, split)
 
 
-def _unit_vectors(
-    encoder: Encoder, sentences: list[str], show_progress_bar: bool | None
-) -> Mapping[str, NDArray[np.float64]]:
-    """Encode each sentence once and scale its vector to length 1 (a zero vector stays zero)."""
-    unit: dict[str, NDArray[np.float64]] = {}
-    with progress_bar(show_progress_bar, len(sentences), "encode", "sentence") as advance:
-        for start in range(0, len(sentences), CHUNK):
-            chunk = sentences[start : start + CHUNK]
-            vectors = np.asarray(encoder.encode(chunk), dtype=np.float64)
-            if vectors.ndim != 2 or len(vectors) != len(chunk) or not np.isfinite(vectors).all():
-                raise ValueError(f"expected finite vectors [{len(chunk)}, C] of encode(), got an array {vectors.shape}")
-            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-            unit.update(zip(chunk, vectors / np.where(norms == 0, 1, norms), strict=True))
-            advance(len(chunk))
-    return unit
-
-
-def _score_task(name: str, task: Task, unit: Mapping[str, NDArray[np.float64]]) -> STSScore:
+def _score_task(name: str, task: Task, unit: UnitVectors) -> STSScore:
     """Score the concatenation of a task's subsets, and each of them if there are several."""
-    similarities = {
-        # Rounded to what float32 vectors tell apart, so that pairs of equal sentences tie.
-        subset: np.round([unit[a] @ unit[b] for a, b in zip(pairs.first, pairs.second, strict=True)], 7)
+    subsets = tuple(
+        STSScore(subset, unit.cosines(pairs.first, pairs.second), np.array(pairs.scores))
         for subset, pairs in task.items()
-    }
-    subsets = tuple(_score(subset, pairs, similarities[subset]) for subset, pairs in task.items())
-    together = np.concatenate(list(similarities.values()))
-    return _score(name, Pairs.join(task.values()), together, subsets if len(subsets) > 1 else ())
-
-
-def _score(name: str, pairs: Pairs, similarities: NDArray[np.float64], subsets: tuple[STSScore, ...] = ()) -> STSScore:
-    """Correlate similarities `[n]` with what people said."""
-    return STSScore(
-        name, len(pairs), 100 * spearman(similarities, pairs.scores), 100 * pearson(similarities, pairs.scores), subsets
     )
+    if len(subsets) == 1:
+        return replace(subsets[0], name=name)
+    similarities = np.concatenate([subset.similarities for subset in subsets])
+    return STSScore(name, similarities, np.concatenate([subset.gold for subset in subsets]), subsets)
 
 
-def _row(score: STSScore, indent: str = "") -> tuple[str, str, str, str]:
+def _row(score: STSScore, indent: str = "") -> list[str]:
     """Format one row of the table."""
-    return indent + score.name, str(score.num_pairs), f"{score.spearman:.2f}", f"{score.pearson:.2f}"
-
-
-def _json_number(value: float) -> float | None:
-    """Return the number, or `None` for nan, which JSON does not have."""
-    return None if math.isnan(value) else value
+    return [indent + score.name, str(score.num_pairs), f"{score.spearman:.2f}", f"{score.pearson:.2f}"]

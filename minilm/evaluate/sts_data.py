@@ -10,14 +10,14 @@ whole SICK set of 9,927 pairs and not the test split of 4,927, so that one figur
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from minilm.evaluate.files import EvaluationDataError, as_number, read_columns, read_records
 from minilm.weights.hubs import dataset_file
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,6 @@ HUB_DATASETS = {
 }
 
 
-class STSDataError(OSError):
-    """The evaluation data is missing, unreadable or out of reach."""
-
-
 @dataclass(frozen=True)
 class Pairs:
     """Sentence pairs with the similarity that people gave them: three equally long lists."""
@@ -56,16 +52,6 @@ class Pairs:
         """Count the pairs."""
         return len(self.scores)
 
-    @classmethod
-    def join(cls, parts: Iterable[Pairs]) -> Pairs:
-        """Concatenate several."""
-        joined = cls([], [], [])
-        for part in parts:
-            joined.scores.extend(part.scores)
-            joined.first.extend(part.first)
-            joined.second.extend(part.second)
-        return joined
-
 
 Task = Mapping[str, Pairs]
 """A task's pairs by subset name."""
@@ -75,7 +61,7 @@ def read_sts(data: str | os.PathLike[str] | None, tasks: Iterable[str], split: s
     """Read the tasks from the folder `data`, or from the hub where it is `None`.
 
     Raises:
-        STSDataError: a task's files are missing (all of them are listed), malformed or out of reach.
+        EvaluationDataError: a task's files are missing (all of them are listed), malformed or out of reach.
         ValueError: an unknown task or split.
     """
     tasks = tuple(tasks)
@@ -96,56 +82,43 @@ def read_tsv(path: Path) -> Pairs:
     """Read lines of `score<TAB>sentence1<TAB>sentence2`; nothing is unquoted or stripped.
 
     Raises:
-        STSDataError: the file is not UTF-8, or a line is not of that form (its number is given).
+        EvaluationDataError: the file is not UTF-8, or a line is not of that form (its number is given).
     """
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            rows = [line.rstrip("\r\n").split("\t") for line in file]
-    except UnicodeDecodeError as error:
-        raise STSDataError(f"{path} is not UTF-8: {error}") from error
-    return _pairs(rows, path)
+    return _pairs(read_columns(path, "score<TAB>sentence1<TAB>sentence2"), path)
 
 
-def read_jsonl_gz(path: Path) -> Pairs:
-    """Read gzipped lines of `{"score": ..., "sentence1": ..., "sentence2": ...}`.
+def read_jsonl(path: Path) -> Pairs:
+    """Read lines of `{"score": ..., "sentence1": ..., "sentence2": ...}`, gzipped if the name ends so.
 
     Raises:
-        STSDataError: the file is damaged, or a line is not of that form.
+        EvaluationDataError: the file is damaged, or a line is not of that form (its number is given).
     """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        rows = [[record["score"], record["sentence1"], record["sentence2"]] for record in records]
-    except (EOFError, gzip.BadGzipFile, KeyError, TypeError, ValueError) as error:
-        raise STSDataError(f"{path} is not gzipped JSON lines with score, sentence1 and sentence2: {error}") from error
+    records = read_records(path, "sentence1", "sentence2")
+    rows = ((number, [record.get("score"), record["sentence1"], record["sentence2"]]) for number, record in records)
     return _pairs(rows, path)
 
 
-def _pairs(rows: list[list[str]], path: Path) -> Pairs:
-    """Turn rows of score and two sentences into `Pairs`."""
+def _pairs(rows: Iterable[tuple[int, list[Any]]], path: Path) -> Pairs:
+    """Turn numbered rows of score and two sentences into `Pairs`."""
     pairs = Pairs([], [], [])
-    for number, row in enumerate(rows, start=1):
-        try:
-            score, first, second = row
-            pairs.scores.append(float(score))
-        except ValueError:
-            raise STSDataError(f"{path}, line {number}: expected score<TAB>sentence1<TAB>sentence2") from None
+    for number, (score, first, second) in rows:
+        pairs.scores.append(as_number(score, path, number))
         pairs.first.append(first)
         pairs.second.append(second)
-    if not rows:
-        raise STSDataError(f"{path} is empty")
     return pairs
 
 
 def _find(folder: Path, tasks: tuple[str, ...], split: str) -> dict[str, list[Path]]:
     """List each task's files, sorted, or say which tasks have none."""
     if not folder.is_dir():
-        raise STSDataError(f"there is no folder {folder}; the STS data is expected as {LAYOUT}")
+        raise EvaluationDataError(f"there is no folder {folder}; the STS data is expected as {LAYOUT}")
     pattern = {task: "*.tsv" if task in YEARS else f"{split}.tsv" for task in tasks}
     files = {task: sorted((folder / task).glob(pattern[task])) for task in tasks}
     missing = [f"{task}/{pattern[task]}" for task in tasks if not files[task]]
     if missing:
-        raise STSDataError(f"{folder} lacks {', '.join(missing)}; choose other tasks, or complete it to {LAYOUT}")
+        raise EvaluationDataError(
+            f"{folder} lacks {', '.join(missing)}; choose other tasks, or complete it to {LAYOUT}"
+        )
     return files
 
 
@@ -153,10 +126,10 @@ def _read_hub(task: str, split: str) -> Task:
     """Fetch one task from the hub (or find it in the hub's cache) and read it."""
     if task == "sickr":
         if split == "dev":
-            raise STSDataError(f"the hub has no dev split of SICK-R; give a folder that has it: {LAYOUT}")
+            raise EvaluationDataError(f"the hub has no dev split of SICK-R; give a folder that has it: {LAYOUT}")
         logger.warning("the hub's SICK-R is the whole set of 9,927 pairs, not the test split of 4,927 pairs")
     path = _download(task, "validation.jsonl.gz" if split == "dev" else "test.jsonl.gz")
-    return {split: read_jsonl_gz(path)}
+    return {split: read_jsonl(path)}
 
 
 def _download(task: str, filename: str) -> Path:
@@ -165,7 +138,7 @@ def _download(task: str, filename: str) -> Path:
     try:
         return dataset_file(name, filename, revision)
     except OSError as error:
-        raise STSDataError(
+        raise EvaluationDataError(
             f"cannot fetch {filename} of the dataset {name} from the Hugging Face hub ({error}); "
             f"give the data as a folder instead: {LAYOUT}"
         ) from error

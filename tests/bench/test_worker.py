@@ -13,7 +13,7 @@ from minilm.bench.peers import PEERS
 from minilm.bench.reference import build as build_reference
 from minilm.bench.timing import HostTimer
 from minilm.bench.worker import Seat
-from minilm.evaluate import STSDataError, evaluate_sts
+from minilm.evaluate import EvaluationDataError, evaluate_sts
 from minilm.evaluate.sts_data import TASKS
 
 
@@ -189,7 +189,7 @@ def test_sts_scores_are_those_of_the_encoder(scratch, sts_data, encoder):
 
 
 def test_sts_data_that_is_not_there_is_told_before_anything_is_measured(canonical_folder, tmp_path):
-    with pytest.raises(STSDataError):
+    with pytest.raises(EvaluationDataError):
         build_reference(str(canonical_folder), str(tmp_path), ["text-short-1"], str(tmp_path / "scratch"), sts=True)
 
 

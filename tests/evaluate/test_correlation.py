@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minilm.evaluate.correlation import average_ranks, pearson, spearman
+from minilm.evaluate.correlation import ResampledSpearman, pearson, spearman
 
 RANDOM = np.random.default_rng(0)
 SAMPLES = {
@@ -19,15 +19,27 @@ SAMPLES = {
 }
 
 
-def test_average_ranks_by_hand():
-    assert average_ranks([30, 10, 20, 20, 10, 10]).tolist() == [6.0, 2.0, 4.5, 4.5, 2.0, 2.0]
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_equals_scipy(sample):
+    assert spearman(*sample) == pytest.approx(stats.spearmanr(*sample).statistic, abs=1e-12)
+    assert pearson(*sample) == pytest.approx(stats.pearsonr(*sample).statistic, abs=1e-12)
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-def test_equals_scipy(sample):
-    assert average_ranks(sample[0]).tolist() == stats.rankdata(sample[0]).tolist()
-    assert spearman(*sample) == pytest.approx(stats.spearmanr(*sample).statistic, abs=1e-12)
-    assert pearson(*sample) == pytest.approx(stats.pearsonr(*sample).statistic, abs=1e-12)
+def test_a_pair_counted_twice_is_there_twice(sample):
+    size = len(sample[0])
+    resampled = ResampledSpearman(*sample)
+    for seed in range(3):
+        drawn = np.random.default_rng(seed).integers(0, size, 2 * size)
+        expected = stats.spearmanr(*(np.asarray(values)[drawn] for values in sample)).statistic
+        assert resampled(np.bincount(drawn, minlength=size)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_resamples_without_a_correlation_are_nan():
+    resampled = ResampledSpearman([1, 1, 2], [3, 4, 4])
+    assert math.isnan(resampled(np.array([1, 1, 0])))
+    assert math.isnan(resampled(np.array([0, 0, 3])))
+    assert math.isnan(resampled(np.array([0, 0, 0])))
 
 
 @pytest.mark.parametrize(

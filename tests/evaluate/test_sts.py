@@ -7,20 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from minilm.evaluate import evaluate_sts
+from minilm.evaluate import evaluate_sts, with_intervals
 from minilm.evaluate.sts_data import TASKS, YEARS
-
-
-class AngleEncoder:
-    """Encodes the text "30 anything" as a vector of length 3 at 30 degrees, so that similarities are known."""
-
-    def __init__(self):
-        self.seen = []
-
-    def encode(self, sentences):
-        self.seen.extend(sentences)
-        angles = np.radians([float(text.split()[0]) for text in sentences])
-        return 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
 def pairs(*angles_and_scores):
@@ -42,8 +30,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_figures(folder):
-    result = evaluate_sts(AngleEncoder(), folder)
+def test_figures(folder, angle_encoder):
+    result = evaluate_sts(angle_encoder, folder)
     assert [task.name for task in result.tasks] == list(TASKS)
     sts12, *_, sickr = result.tasks
     cosines = np.cos(np.radians([10, 50, 80, 0, 30, 60, 90]))
@@ -57,8 +45,8 @@ def test_figures(folder):
     assert result.average == pytest.approx(np.mean([task.spearman for task in result.tasks]))
 
 
-def test_result_as_json_and_table(folder):
-    result = evaluate_sts(AngleEncoder(), folder)
+def test_result_as_json_and_table(folder, angle_encoder):
+    result = evaluate_sts(angle_encoder, folder)
     report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert report["split"] == "test"
     assert report["average_spearman"] == result.average
@@ -72,15 +60,29 @@ def test_result_as_json_and_table(folder):
     assert lines[-1].split() == ["average", "of", "7", f"{result.average:.2f}"]
 
 
-def test_each_sentence_is_encoded_once(folder):
-    encoder = AngleEncoder()
-    evaluate_sts(encoder, folder)
-    assert sorted(encoder.seen) == sorted(set(encoder.seen))
-    assert len(encoder.seen) == 1 + 8  # "0 a", and "N b" for N in 0 10 30 40 50 60 80 90
+def test_intervals(folder, angle_encoder):
+    result = with_intervals(evaluate_sts(angle_encoder, folder, tasks=["sts12", "sts13"]), samples=20)
+    assert list(result.figures) == list(result.intervals) == ["sts12", "sts13", "average"]
+    assert result.figures == result.recount([np.ones(7, dtype=int)] * 2)
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["measure"] == "sts"
+    assert report["pairs"] == 14
+    assert report["figures"]["sts12"] == report["tasks"]["sts12"]["spearman"]
+    assert report["figures"]["average"] == report["average_spearman"]
+    assert report["intervals"]["average"]["low"] <= report["intervals"]["average"]["high"]
+    lines = result.table().splitlines()
+    assert lines[0].endswith("  95% interval")
+    assert [line.endswith("]") for line in lines[1:]] == [True, False, False, True, False, False, True]
 
 
-def test_dev_split_of_some_tasks(folder):
-    result = evaluate_sts(AngleEncoder(), folder, tasks=["sickr", "stsb"], split="dev")
+def test_each_sentence_is_encoded_once(folder, angle_encoder):
+    evaluate_sts(angle_encoder, folder)
+    assert sorted(angle_encoder.seen) == sorted(set(angle_encoder.seen))
+    assert len(angle_encoder.seen) == 1 + 8  # "0 a", and "N b" for N in 0 10 30 40 50 60 80 90
+
+
+def test_dev_split_of_some_tasks(folder, angle_encoder):
+    result = evaluate_sts(angle_encoder, folder, tasks=["sickr", "stsb"], split="dev")
     assert [(task.name, task.spearman) for task in result.tasks] == [
         ("sickr", pytest.approx(100)),
         ("stsb", pytest.approx(100)),
@@ -88,32 +90,33 @@ def test_dev_split_of_some_tasks(folder):
     assert result.table().splitlines()[-1].startswith("average of 2")
 
 
-def test_undefined_correlation_is_shown(folder, caplog):
+def test_undefined_correlation_is_shown(folder, caplog, angle_encoder):
     (folder / "stsb" / "test.tsv").write_text(pairs((0, 3), (40, 3)))
-    result = evaluate_sts(AngleEncoder(), folder, tasks=["stsb"])
+    result = evaluate_sts(angle_encoder, folder, tasks=["stsb"])
     assert math.isnan(result.tasks[0].spearman)
     assert math.isnan(result.average)
     assert "no correlation for stsb" in caplog.text
     assert "nan" in result.table()
     assert result.to_dict()["average_spearman"] is None
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["figures"] == {"stsb": None, "average": None}
 
 
-def test_pairs_of_equal_sentences_tie(folder):
+def test_pairs_of_equal_sentences_tie(folder, angle_encoder):
     """Their cosines are 1 give or take a rounding error, which must not be ranked as if it meant something."""
     scores = np.random.default_rng(0).permutation(30)
     same = "".join(f"{score}\t{angle} a\t{angle} a\n" for angle, score in enumerate(scores))
     (folder / "stsb" / "test.tsv").write_text(same + pairs((10, -1)))
     expected = stats.spearmanr([1] * 30 + [0], [*scores, -1]).statistic
-    assert evaluate_sts(AngleEncoder(), folder, tasks=["stsb"]).average == pytest.approx(100 * expected)
+    assert evaluate_sts(angle_encoder, folder, tasks=["stsb"]).average == pytest.approx(100 * expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64], ids=str)
-def test_any_dtype_of_vectors(folder, dtype):
-    class Encoder(AngleEncoder):
+def test_any_dtype_of_vectors(folder, dtype, angle_encoder):
+    class Encoder:
         def encode(self, sentences):
-            return super().encode(sentences).astype(dtype)
+            return angle_encoder.encode(sentences).astype(dtype)
 
-    expected = evaluate_sts(AngleEncoder(), folder).average
+    expected = evaluate_sts(angle_encoder, folder).average
     assert evaluate_sts(Encoder(), folder).average == pytest.approx(expected, abs=1e-6)
 
 

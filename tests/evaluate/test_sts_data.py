@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from minilm.evaluate import STSDataError, sts_data
+from minilm.evaluate import EvaluationDataError, sts_data
 from minilm.evaluate.sts_data import HUB_DATASETS, TASKS, Pairs, read_sts, read_tsv
 
 
@@ -42,18 +42,19 @@ def test_files_are_read_to_the_letter(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"5\ta\tb\n4\tonly one\n", "line 2: expected score"),
-        (b"5\ta\tb\nhigh\ta\tb\n", "line 2: expected score"),
+        (b"5\ta\tb\n4\tonly one\n", "line 2: expected score<TAB>sentence1<TAB>sentence2, got 2 columns"),
+        (b"5\ta\tb\nhigh\ta\tb\n", "line 2: expected a number as score, got 'high'"),
         (b"5\ta\tb\tc\n", "line 1: expected score"),
-        (b"5\tcaf\xe9\tb\n", "is not UTF-8"),
+        (b"5\tcaf\xe9\tb\n", "line 1 is not UTF-8"),
+        (b"nan\ta\tb\n", "line 1: expected a number as score, got 'nan'"),
         (b"", "is empty"),
     ],
-    ids=["two_columns", "score", "four_columns", "latin1", "empty"],
+    ids=["two_columns", "score", "four_columns", "latin1", "nan", "empty"],
 )
 def test_malformed_file(tmp_path, content, message):
     path = tmp_path / "x.tsv"
     path.write_bytes(content)
-    with pytest.raises(STSDataError, match=message):
+    with pytest.raises(EvaluationDataError, match=message):
         read_tsv(path)
 
 
@@ -61,13 +62,17 @@ def test_missing_tasks_are_listed(folder):
     (folder / "stsb" / "test.tsv").unlink()
     for path in (folder / "sts15").iterdir():
         path.unlink()
-    with pytest.raises(STSDataError, match=r"lacks sts15/\*.tsv, stsb/test.tsv; choose other tasks, or complete it"):
+    with pytest.raises(
+        EvaluationDataError, match=r"lacks sts15/\*.tsv, stsb/test.tsv; choose other tasks, or complete it"
+    ):
         read_sts(folder, TASKS, "test")
     assert list(read_sts(folder, ["sts12", "sickr"], "test")) == ["sts12", "sickr"]
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(STSDataError, match=r"no folder .*nowhere; the STS data is expected as DIR/sts12/SUBSET.tsv"):
+    with pytest.raises(
+        EvaluationDataError, match=r"no folder .*nowhere; the STS data is expected as DIR/sts12/SUBSET.tsv"
+    ):
         read_sts(tmp_path / "nowhere", TASKS, "test")
 
 
@@ -139,27 +144,36 @@ def test_hub_is_read_then_its_cache(monkeypatch, caplog):
 
 
 def test_hub_has_no_dev_split_of_sickr():
-    with pytest.raises(STSDataError, match="no dev split of SICK-R; give a folder that has it"):
+    with pytest.raises(EvaluationDataError, match="no dev split of SICK-R; give a folder that has it"):
         read_sts(None, ["sickr"], "dev")
 
 
 @pytest.mark.usefixtures("sources")
 def test_unreachable_hub_is_told_within_seconds():
     start = time.monotonic()
-    with pytest.raises(STSDataError, match=r"cannot fetch test.jsonl.gz of the dataset mteb/sts12-sts") as error:
+    with pytest.raises(EvaluationDataError, match=r"cannot fetch test.jsonl.gz of the dataset mteb/sts12-sts") as error:
         read_sts(None, ["sts12"], "test")
     assert time.monotonic() - start < 15
     assert "give the data as a folder instead: DIR/sts12/SUBSET.tsv" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"not gzip", gzip.compress(b'{"score": 1}\n'), gzip.compress(b"[1, 2]\n")[:-9]],
-    ids=["plain", "fields", "cut"],
+    ("content", "message"),
+    [
+        (b"not gzip", "is damaged"),
+        (
+            gzip.compress(b'{"score": 1}\n'),
+            "line 1: expected a JSON object with the strings sentence1, sentence2, got no",
+        ),
+        (gzip.compress(b"[1, 2]\n"), "line 1: expected a JSON object with .* got list"),
+        (gzip.compress(b'{"sentence1": "a", "sentence2": "b"}\n'), "line 1: expected a number as score, got None"),
+        (gzip.compress(json.dumps(RECORDS[0]).encode())[:-9], "is damaged"),
+    ],
+    ids=["plain", "fields", "list", "score", "cut"],
 )
-def test_damaged_hub_file(tmp_path, monkeypatch, content):
+def test_damaged_hub_file(tmp_path, monkeypatch, content, message):
     path = tmp_path / "test.jsonl.gz"
     path.write_bytes(content)
     monkeypatch.setattr(sts_data, "dataset_file", lambda *_: path)
-    with pytest.raises(STSDataError, match="is not gzipped JSON lines"):
+    with pytest.raises(EvaluationDataError, match=message):
         read_sts(None, ["sts12"], "test")

@@ -161,7 +161,7 @@ class Embedder:
                 f'{self.longest}); raise max_seq_length, or pass on_truncate="chunk" to encode all of it, '
                 f'"ignore" to silence this',
                 TruncationWarning,
-                stacklevel=_level_outside(),
+                stacklevel=level_outside(),
             )
 
     def _blocks(
@@ -266,10 +266,11 @@ def _merge_windows(pooled: Tensor, fitted: list[list[TokenizedText]]) -> Tensor:
     return pooled.new_zeros(len(fitted), pooled.shape[1]).index_add_(0, owners, pooled * share.unsqueeze(1))
 
 
-def _level_outside() -> int:
+def level_outside() -> int:
     """Return the `stacklevel` at which a warning of this function's caller points out of this package."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "minilm":
+    inside = ("minilm", "contextlib")  # `with` blocks of ours are entered by way of contextlib
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     return level
 

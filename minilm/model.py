@@ -117,7 +117,7 @@ class MiniLM(nn.Module):
         self.config = config or MiniLMConfig()
         if backend != "auto":
             backend_class(backend)  # what is no backend at all is an error now; whether it runs, where it is to run
-        self._choice: BackendChoice | TorchBackend = backend
+        self._choices: dict[object, BackendChoice | TorchBackend] = {None: backend}  # and those of `with` blocks
         self._backends: dict[tuple[BackendChoice, str], TorchBackend] = {}
         self.embeddings = Embeddings(self.config)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config.num_layers))  # type: ignore[assignment]
@@ -159,16 +159,16 @@ class MiniLM(nn.Module):
         Raises:
             BackendError: the backend asked for can't run there.
         """
-        if isinstance(self._choice, TorchBackend):
-            return self._choice
-        key = (self._choice, device)
-        made = self._backends.get(key)
-        return made or self._backends.setdefault(key, make_backend(self._choice, self.config, device))
+        choice = self.backend_choices[-1]
+        if isinstance(choice, TorchBackend):
+            return choice
+        made = self._backends.get((choice, device))
+        return made or self._backends.setdefault((choice, device), make_backend(choice, self.config, device))
 
     @property
-    def backend_choice(self) -> BackendChoice | TorchBackend:
-        """What was asked for, when the model was made or in a `use_backend` block."""
-        return self._choice
+    def backend_choices(self) -> tuple[BackendChoice | TorchBackend, ...]:
+        """What was asked for when it was made, then in each `use_backend` block it is in: the last one holds."""
+        return tuple(self._choices.values())
 
     @contextmanager
     def use_backend(self, choice: BackendChoice | TorchBackend) -> Iterator[TorchBackend]:
@@ -180,15 +180,17 @@ class MiniLM(nn.Module):
         Raises:
             BackendError: it can't run here; the block is not entered.
         """
-        before, self._choice = self._choice, choice
+        block = object()
+        self._choices[block] = choice
         try:
             yield self.backend
         finally:
-            self._choice = before
+            del self._choices[block]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make backends of their own: some hold what can't leave the process."""
-        return {**super().__getstate__(), "_backends": {}}  # type: ignore[no-untyped-call]
+        choices = {key: choice for key, choice in self._choices.items() if not isinstance(choice, TorchBackend)}
+        return {**super().__getstate__(), "_backends": {}, "_choices": choices}  # type: ignore[no-untyped-call]
 
     def attention_probabilities(self, layer: Layer, x: Tensor, batch: PackedBatch) -> list[Tensor]:
         """How much each token of each sequence looks at each other in `layer`, given its input x: `[H, L, L]` each."""

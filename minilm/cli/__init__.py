@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from minilm import __version__
-from minilm.cli import bench, compare, encode, evaluation, info, kernels, parity, weights
+from minilm.cli import bench, compare, encode, evaluation, info, internals, kernels, parity, training, weights
 from minilm.cli.common import Parser, messages_on_stderr
 
 EPILOG = """\
@@ -19,6 +19,8 @@ examples:
   cat sentences.txt | minilm encode > vectors.jsonl
   minilm search "how to boil an egg" --corpus recipes.txt --top-k 3
   minilm eval sts --data sts/
+  minilm explain "A man is eating." "Someone eats." -o report.html
+  minilm train recipe.toml --set epochs=2
   minilm weights convert my-finetuned-model/ my-model/
   minilm parity --backend own_attention.py:OwnAttention
   minilm bench --backend torch,own_attention.py:OwnAttention
@@ -60,7 +62,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="minilm", description="Sentences to vectors with MiniLM.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"minilm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (encode, compare, evaluation, weights, parity, bench, kernels, info):
+    for module in (encode, compare, evaluation, internals, training, weights, parity, bench, kernels, info):
         module.add_commands(commands)
     return parser
 

@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from minilm.batch import PackedBatch
+from minilm.embed import level_outside
 from minilm.encoder import SentenceEncoder
-from minilm.internals.points import HEADS, TOKENS, Point, points
+from minilm.internals.points import HEADS, TOKENS, Point, points_of
 from minilm.kernels.backend import BackendWarning
 from minilm.kernels.operands import EmbeddingWeights, LayerWeights
 from minilm.kernels.torch_backend import TorchBackend
@@ -73,17 +75,19 @@ class ObservedBackend(TorchBackend):
     def __init__(self, model: MiniLM, visitors: Visitors) -> None:
         super().__init__(model.config)
         self.visitors = visitors
-        self._points = points(model.config)
+        self._model = model
+        self._points = points_of(model.config)
         self._names = {layer: f"layers.{index}" for index, layer in enumerate(model.layers)}
         self._now = threading.local()  # the batch, which the feed-forward block is not told
 
     def visit(self, point: str, value: Tensor, batch: PackedBatch, sequences: Tensor | None = None) -> Tensor:
-        """Return a point's tensor, or what its visitors put in its place.
+        """Return a point's tensor, or what visitors put in its place: those of outer blocks first, then its own.
 
         Raises:
             ValueError: a replacement of another shape.
         """
-        for visitor in self.visitors.get(point, ()):
+        blocks = [block for block in self._model.backend_choices if isinstance(block, ObservedBackend)]
+        for visitor in chain.from_iterable(block.visitors.get(point, ()) for block in blocks):
             replacement = visitor(value, Site(self._points[point], batch, sequences))
             if replacement is not None:
                 if replacement.shape != value.shape:
@@ -134,9 +138,10 @@ class ObservedBackend(TorchBackend):
         query, key, value = (self.visit(f"{name}.{which}", tensor, batch) for which, tensor in heads)
         dropout = self.config.attention_dropout if layer.training else 0.0
         context = query.new_empty(query.shape)
+        root = self.config.head_size**-0.25  # of 1/√D, on both sides, as torch's own attention scales
         for indices, rows in batch.length_groups:
             q, k, v = (tensor[rows].transpose(1, 2) for tensor in (query, key, value))  # [n, H, L, D]
-            scores = q @ k.transpose(2, 3) / self.config.head_size**0.5
+            scores = (q * root) @ (k * root).transpose(2, 3)
             scores = self.visit(f"{name}.scores", scores, batch, indices)
             pattern = self.visit(f"{name}.pattern", scores.softmax(dim=-1), batch, indices)
             context[rows] = (F.dropout(pattern, dropout) @ v).transpose(1, 2)
@@ -147,8 +152,8 @@ class ObservedBackend(TorchBackend):
 def observe(encoder: SentenceEncoder, visitors: Visitors) -> Iterator[ObservedBackend]:
     """Within a `with` block, let visitors see and replace the tensors of all that this encoder computes.
 
-    Blocks nest: visitors of an outer block come first. Afterwards everything is as before, whatever happens inside.
-    Other threads that use this encoder meanwhile are observed as well.
+    Blocks nest: visitors of an outer block come first. Afterwards everything is as before, whatever happens inside, and
+    in whichever order blocks end. Other threads that use this encoder meanwhile are observed as well.
 
     Args:
         encoder: whose tensors.
@@ -158,13 +163,10 @@ def observe(encoder: SentenceEncoder, visitors: Visitors) -> Iterator[ObservedBa
         BackendWarning: the encoder was told to use a backend that has no such points; plain torch takes over.
     """
     model = encoder.model
-    outer = model.backend
-    merged = {point: tuple(chosen) for point, chosen in visitors.items()}
-    if isinstance(outer, ObservedBackend):
-        names = {**outer.visitors, **merged}
-        merged = {name: (*outer.visitors.get(name, ()), *merged.get(name, ())) for name in names}
-    elif model.backend_choice not in ("auto", "torch", TorchBackend):
+    outer, choice = model.backend, model.backend_choices[-1]
+    if not isinstance(outer, ObservedBackend) and choice not in ("auto", "torch", TorchBackend):
         message = f"the {outer.name} backend has no points to look at; plain torch computes within this block"
-        warnings.warn(message, BackendWarning, stacklevel=3)
-    with model.use_backend(ObservedBackend(model, merged)):
-        yield model.backend  # type: ignore[misc]
+        warnings.warn(message, BackendWarning, stacklevel=level_outside())
+    observed = ObservedBackend(model, visitors)
+    with model.use_backend(observed):
+        yield observed

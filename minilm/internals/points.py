@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from minilm.config import MiniLMConfig
@@ -68,6 +67,9 @@ _TEXT = (
     Point("embedding", VECTOR, "C", "what `encode` returns: pooled, scaled to length 1 if the model does so"),
 )
 _TRANSFORMER_LENS = {
+    "embed.hook_embed": "embeddings.word",
+    "embed.hook_pos_embed": "embeddings.position",
+    "embed.hook_token_type_embed": "embeddings.token_type",
     "hook_embed": "embeddings.word",
     "hook_pos_embed": "embeddings.position",
     "hook_token_type_embed": "embeddings.token_type",
@@ -80,7 +82,8 @@ _TRANSFORMER_LENS = {
     "attn.hook_z": "attention.head_outputs",
     "hook_attn_out": "attention.output",
     "hook_resid_mid": "attention_residual",
-    "hook_normalized_resid_mid": "attention_norm",
+    "ln1.hook_normalized": "attention_norm",
+    "ln2.hook_normalized": "output",
     "mlp.hook_pre": "feed_forward.pre_activation",
     "mlp.hook_post": "feed_forward.activation",
     "hook_mlp_out": "feed_forward.output",
@@ -93,7 +96,7 @@ class UnknownPointError(ValueError):
     """There is no tensor of this name."""
 
 
-def points(config: MiniLMConfig) -> dict[str, Point]:
+def points_of(config: MiniLMConfig) -> dict[str, Point]:
     """Return every point of a model of these sizes by its name, in the order of computation."""
     layers = (
         point._replace(name=f"layers.{index}.{point.name}") for index in range(config.num_layers) for point in _LAYER
@@ -105,17 +108,18 @@ def resolve(names: str | Iterable[str], config: MiniLMConfig) -> list[Point]:
     """Return the points that names mean, each once, in the order of computation.
 
     Args:
-        names: one or more dotted names; `*` stands for anything (`layers.*.output`); TransformerLens' names will do.
+        names: one or more dotted names, in which `*` stands for a part between dots and `**` for anything
+            (`layers.*.output`, `layers.3.**`), or `*` for all of them; TransformerLens' names will do.
         config: the model's sizes.
 
     Raises:
         UnknownPointError: a name that means none; the nearest names are suggested.
     """
-    known = points(config)
+    known = points_of(config)
     chosen: set[str] = set()
     for name in [names] if isinstance(names, str) else names:
-        ours = from_transformer_lens(name, config)
-        found = [point for point in known if fnmatchcase(point, ours)]
+        ours = from_transformer_lens(name)
+        found = [point for point in known if matches(point, ours)]
         if not found:
             near = get_close_matches(ours, known, n=3, cutoff=0.5)
             suggestion = f"did you mean {' or '.join(near)}?" if near else "`minilm internals points` lists them"
@@ -124,12 +128,23 @@ def resolve(names: str | Iterable[str], config: MiniLMConfig) -> list[Point]:
     return [point for name, point in known.items() if name in chosen]
 
 
-def from_transformer_lens(name: str, config: MiniLMConfig) -> str:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted name is one that a pattern means.
+
+    `*` stands for a part between dots, `[135]` for one of these characters, `**` (and `*` alone) for anything.
+    """
+    special = {"*": "[^.]*", "**": ".*"}
+    parts = re.split(r"(\*\*|\*|\[[\w-]+\])", pattern)
+    expression = "".join(special.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
+    return pattern == "*" or re.fullmatch(expression, name) is not None
+
+
+def from_transformer_lens(name: str) -> str:
     """Return our name of a point that may be called by TransformerLens' name (`blocks.3.attn.hook_q`)."""
     block = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", name)
     if block is None:
         return _TRANSFORMER_LENS.get(name, name)
     layer, rest = block.groups()
-    if rest == "hook_resid_pre" and layer != "*" and int(layer) <= config.num_layers:
+    if rest == "hook_resid_pre" and layer != "*":
         return "embeddings" if int(layer) == 0 else f"layers.{int(layer) - 1}.output"
     return f"layers.{layer}.{_TRANSFORMER_LENS.get(rest, rest)}"

@@ -165,7 +165,12 @@ def embed(encoder: SentenceEncoder, batch: PackedBatch, *, gradients: bool = Fal
         return threads.run(lambda: pooled_vectors(encoder.model, batch, encoder.encoding, encoder.encoding.normalize))
 
 
-def _keep(values: list[Tensor], first: int, value: Tensor, site: Site) -> None:
-    """Put each text's part of a tensor into its place; `first`: the place of the batch's first text."""
-    for index, part in zip(site.texts, site.split(value), strict=True):
+def _keep(values: list[Tensor], first: int, value: Tensor, site: Site) -> Tensor:
+    """Put each text's part of a tensor into its place; `first`: the place of the batch's first text.
+
+    What is computed goes on from these parts, so that one can differentiate with respect to them.
+    """
+    parts = site.split(value)
+    for index, part in zip(site.texts, parts, strict=True):
         values[first + index] = part
+    return site.join(parts) if value.requires_grad else value

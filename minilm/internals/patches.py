@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minilm.encoder import SentenceEncoder
-from minilm.internals.capture import Activations, capture
+from minilm.internals.captures import Activations, Captured, capture
 from minilm.internals.observed import ObservedBackend, Site, Visitor, observe
 from minilm.internals.points import HEADS, PATTERN, TOKENS, VECTOR, Point, resolve
 
@@ -79,22 +79,36 @@ def ablate(
         UnknownPointError: there is no point of a name given.
         ValueError: an unknown way; a source missing or too much; a pattern's mean; else as `patch`.
     """
-    chosen = resolve(points, encoder.config)
-    if how not in ABLATIONS:
-        raise ValueError(f"how must be one of {', '.join(ABLATIONS)}; got {how!r}")
-    if (source is None) != (how == "zero"):
-        raise ValueError(f"{how} ablation takes {'no source' if how == 'zero' else 'source texts, got none'}")
-    if how != "zero" and (patterns := [point.name for point in chosen if point.rows == PATTERN]):
-        raise ValueError(f"texts can't lend each other {patterns[0]}: it has a column for each token; use zero")
-    places = {point.name: _place(point, head, position, encoder) for point in chosen}
-    lent = None if source is None else capture(encoder, source, list(places))
-    if how == "resample" and lent is not None and len(lent.texts) != 1:
-        raise ValueError(f"resample ablation takes one source text, got {len(lent.texts)}")
+    places = {point.name: _place(point, head, position, encoder) for point in resolve(points, encoder.config)}
+    lent = lend(encoder, places, how, source)
     visitors = {
         name: [_visitor(_replacement(how, lent[name] if lent else None), place)] for name, place in places.items()
     }
     with observe(encoder, visitors) as backend:
         yield backend
+
+
+def lend(
+    encoder: SentenceEncoder, points: Iterable[str], how: str, source: str | Iterable[str] | None
+) -> Captured | None:
+    """Return what source texts have at the points to be ablated; None if they are to be zero.
+
+    Raises:
+        ValueError: an unknown way; a source missing or too much; points that texts can't lend each other.
+    """
+    if how not in ABLATIONS:
+        raise ValueError(f"how must be one of {', '.join(ABLATIONS)}; got {how!r}")
+    if (source is None) != (how == "zero"):
+        raise ValueError(f"{how} ablation takes {'no source' if how == 'zero' else 'source texts, got none'}")
+    if source is None:
+        return None
+    chosen = resolve(points, encoder.config)
+    if patterns := [point.name for point in chosen if point.rows == PATTERN]:
+        raise ValueError(f"texts can't lend each other {patterns[0]}: it has a column for each token; use zero")
+    lent = capture(encoder, source, [point.name for point in chosen])
+    if how == "resample" and len(lent.texts) != 1:
+        raise ValueError(f"resample ablation takes one source text, got {len(lent.texts)}")
+    return lent
 
 
 def _replacement(how: str, lent: Activations | None) -> Callable[[Tensor, Place], Tensor | float]:
@@ -107,8 +121,6 @@ def _replacement(how: str, lent: Activations | None) -> Callable[[Tensor, Place]
         if mean is not None:
             return mean.expand_as(part)[place]
         source = lent[0]
-        if lent.point.rows == VECTOR:
-            return source
         return source[torch.arange(len(part)).clamp(max=len(source) - 1)][place]
 
     return replacement

@@ -201,6 +201,15 @@ class PairDecomposition:
         return self.first.by_component @ self.second.by_component.T * self.scale
 
     @cached_property
+    def shares(self) -> dict[str, float]:
+        """What each component adds to the score, by name, half of it in either text; together they are the score.
+
+        In a text, it is the component's inner product with the whole of the other embedding.
+        """
+        pairs = self.by_component
+        return dict(zip(self.components, ((pairs.sum(dim=0) + pairs.sum(dim=1)) / 2).tolist(), strict=True))
+
+    @cached_property
     def by_token(self) -> Tensor:
         """What each token position of the first text and each of the second contribute together: `[L1, L2]`."""
         return self.first.by_token @ self.second.by_token.T * self.scale

@@ -76,8 +76,8 @@ class Explanation:
 
     @cached_property
     def components(self) -> dict[str, float]:
-        """What each component adds to the score; see `component_shares`."""
-        return component_shares(self.decomposition)
+        """What each component adds to the score; see `PairDecomposition.shares`."""
+        return self.decomposition.shares
 
     def table(self) -> str:
         """Return what pushed the score as text: pairs of tokens, components, layers."""
@@ -206,15 +206,6 @@ def explain(
     model = str(encoder.checkpoint.provenance.get("source") or "a model")
     patterns = _patterns(captured, 0), _patterns(captured, 1)
     return Explanation(model, attribution, decomposition, patterns, layers)
-
-
-def component_shares(decomposition: PairDecomposition) -> dict[str, float]:
-    """Return what each component adds to a score, half of it in either text, by name; together they are the score.
-
-    In a text, it is the component's inner product with the whole of the other embedding.
-    """
-    pairs = decomposition.by_component
-    return dict(zip(decomposition.components, ((pairs.sum(dim=0) + pairs.sum(dim=1)) / 2).tolist(), strict=True))
 
 
 def _patterns(captured: Captured, text: int) -> Tensor:

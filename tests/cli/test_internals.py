@@ -211,7 +211,10 @@ def test_study(model, tmp_path, monkeypatch, capsys):
     assert main(["study", "negation", "--pictures", str(tmp_path / "pictures"), *model]) == 0
     out = capsys.readouterr().out
     assert out.startswith('What happens to "not"?\n')
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["components.png", "layers.png"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "negation-components.png",
+        "negation-layers.png",
+    ]
 
 
 def test_study_of_data(sts_data, model, capsys):

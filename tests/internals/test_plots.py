@@ -9,7 +9,7 @@ import torch
 
 from minilm.internals import capture, plots
 from minilm.internals.decomposition import decompose_pair
-from minilm.internals.report import component_shares, explain
+from minilm.internals.report import explain
 
 mpl = pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
@@ -75,7 +75,7 @@ def test_heads(encoder):
 
 
 def test_components_by_layer(encoder):
-    shares = component_shares(decompose_pair(encoder, A, B))
+    shares = decompose_pair(encoder, A, B).shares
     rows, columns, matrix = plots.by_layer(shares)
     assert rows == [f"layer {layer}" for layer in range(6)]
     assert columns == [*(f"head {head}" for head in range(12)), "feed-forward", "biases"]

@@ -34,7 +34,7 @@ def test_negation_components_add_up(encoder, monkeypatch):
     monkeypatch.setattr(negation, "SENTENCES", negation.SENTENCES[:2])
     monkeypatch.setattr(negation.plots, "components", lambda values, **_: drawn.update(values))
     result = negation.run(encoder, show_progress_bar=False)
-    assert list(result.pictures()) == ["layers", "components"]
+    assert list(result.pictures()) == ["negation-layers", "negation-components"]
     with_not, with_other, _ = result.rows["layers.5.output"]
     assert len(drawn) == 106
     assert sum(drawn.values()) == pytest.approx(with_not - with_other, abs=1e-6)
@@ -53,7 +53,7 @@ def test_word_order(encoder, monkeypatch):
     ours, theirs = capture(encoder, [first, second], "layers.2.output")["layers.2.output"]
     assert columns["the word itself"][3] == pytest.approx(torch.cosine_similarity(ours[2], theirs[5], dim=0).item())
     assert columns["blind here"][0] == columns["roles swapped"][-1]  # before any layer, none is blind
-    assert result.pictures().keys() == {"layers", "blind"}
+    assert result.pictures().keys() == {"word-order-layers", "word-order-blind"}
 
 
 def test_blind_attention_is_that_without_positions(encoder):

@@ -14,7 +14,6 @@ from minilm.encoder import SentenceEncoder
 from minilm.internals import plots
 from minilm.internals.decomposition import decompose_pair
 from minilm.internals.lens import layer_embeddings
-from minilm.internals.report import component_shares
 from minilm.internals.studies.result import StudyResult
 from minilm.progress import progress_bar
 
@@ -56,7 +55,7 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
     with progress_bar(show_progress_bar, len(plain), "negation", "sentence") as advance:
         for sentence, negation, other in zip(plain, negated, varied, strict=True):
             for text, sign in ((negation, 1), (other, -1)):
-                shares = component_shares(decompose_pair(encoder, sentence, text))
+                shares = decompose_pair(encoder, sentence, text).shares
                 pushes.update({name: sign * share / len(plain) for name, share in shares.items()})
             advance(1)
     *_, last = rows
@@ -75,8 +74,10 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
         curves = {name: [numbers[column] for numbers in rows.values()] for column, name in enumerate(others)}
         title, unit = 'What parts "not" from another word', "difference of mean cosines"
         return {
-            "layers": plots.layers(curves, places, title="A sentence, and with a word more", unit="mean cosine"),
-            "components": plots.components(pushes, title=title, unit=unit),
+            "negation-layers": plots.layers(
+                curves, places, title="A sentence, and with a word more", unit="mean cosine"
+            ),
+            "negation-components": plots.components(pushes, title=title, unit=unit),
         }
 
     return StudyResult('What happens to "not"?', list(others), rows, findings, pictures)

@@ -83,8 +83,10 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
             "share that goes if it is blind to order",
         )
         return {
-            "layers": plots.layers(curves, places, title="The same words in other roles", unit="mean cosine"),
-            "blind": plots.bars(shares, title=title, unit=unit),
+            "word-order-layers": plots.layers(
+                curves, places, title="The same words in other roles", unit="mean cosine"
+            ),
+            "word-order-blind": plots.bars(shares, title=title, unit=unit),
         }
 
     return StudyResult("Where does word order enter?", COLUMNS, rows, findings, pictures)

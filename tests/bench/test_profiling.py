@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilm.bench import gpu, timing
+from minilm.bench import gpu, profiling, timing
 from minilm.bench.engines import Choice, make_engine
 from minilm.bench.profiling import Stopwatch, _by_kernel, profile
 from minilm.bench.timing import HostTimer
@@ -46,14 +46,15 @@ def seat(scratch):
     return made
 
 
-def test_profile_of_texts(seat):
+def test_profile_of_texts(seat, monkeypatch):
+    monkeypatch.setattr(profiling, "NOTHING", 0.0)  # how long anything takes must not decide what is shown
     (found,) = seat.profile(["text-mixed-6"], 0.0).values()
     calls = {name: count for name, count, _ in found["parts"]}
     assert calls["linear"] == 24
     assert calls["attention"] == calls["gelu"] == 6
     assert calls["layer norm"] == 13
     assert calls["tokenise"] == 6
-    assert {"pool", "embed", "other"} <= set(calls) | {"pool", "embed"}
+    assert {"pool", "embed", "other"} <= set(calls)
     assert sum(taken for *_, taken in found["parts"]) == pytest.approx(found["seconds"], rel=0.01)
     operators = {name: count for name, count, _ in found["operators"]}
     assert operators["aten::addmm"] == 24

@@ -125,6 +125,11 @@ class EncodingConfig:
             known = ", ".join(sorted(self.prompts)) or "none"
             raise ValueError(f"default_prompt_name {self.default_prompt_name!r} is not a known prompt ({known})")
 
+    @property
+    def first_hidden_index(self) -> int:
+        """Which hidden state is the first: 0, the embeddings' output, or 1, the first layer's."""
+        return FIRST_HIDDEN_STATES.index(self.first_hidden_state)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dictionary that JSON can hold."""
         return {**asdict(self), "prompts": dict(self.prompts)}

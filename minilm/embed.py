@@ -238,8 +238,7 @@ def pooled_vectors(model: MiniLM, batch: PackedBatch, encoding: EncodingConfig, 
     """Return the vectors of a packed batch, `[B, C]`, pooled as `encoding` says, scaled to length 1 if `normalize`."""
     output = model(batch, hidden_states=encoding.pooling in ("avg_top2", "avg_first_last"))
     states = output.hidden_states or (output.last_hidden_state,)
-    first = 1 if encoding.first_hidden_state == "first_layer" else 0
-    return model.backend.pool(states, batch, encoding.pooling, first, normalize)
+    return model.backend.pool(states, batch, encoding.pooling, encoding.first_hidden_index, normalize)
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

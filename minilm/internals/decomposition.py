@@ -350,7 +350,7 @@ def _readout(encoder: SentenceEncoder) -> dict[int, float]:
     if pooling == "avg_top2":
         return {last: 0.5, last - 2: 0.5}
     if pooling == "avg_first_last":
-        first = 2 if encoder.encoding.first_hidden_state == "first_layer" else 0
+        first = 2 * encoder.encoding.first_hidden_index
         return {last: 0.5, first: 0.5} if first != last else {last: 1.0}
     return {last: 1.0}
 

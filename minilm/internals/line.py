@@ -95,8 +95,9 @@ class Line:
         following = list(states)
         for layer in self._model.layers[len(states) - 1 :]:
             following.append(layer(following[-1], batch, self._backend))
-        first = 1 if self._encoding.first_hidden_state == "first_layer" else 0
-        return self._backend.pool(following, batch, self._encoding.pooling, first, self._normalize)
+        return self._backend.pool(
+            following, batch, self._encoding.pooling, self._encoding.first_hidden_index, self._normalize
+        )
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the reference and of the text, float64 `[C]` each."""

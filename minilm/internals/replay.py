@@ -55,8 +55,9 @@ class Replay:
             states = [state.repeat(copies, 1) for state in known] or [model.embeddings(batch, backend)]
             for each in model.layers[max(layer, 0) :]:
                 states.append(each(states[-1], batch, backend))
-            first = 1 if encoding.first_hidden_state == "first_layer" else 0
-            vectors: Tensor = backend.pool(states, batch, encoding.pooling, first, encoding.normalize)
+            vectors: Tensor = backend.pool(
+                states, batch, encoding.pooling, encoding.first_hidden_index, encoding.normalize
+            )
         return vectors.view(copies, self.batch.num_sequences, -1)
 
 

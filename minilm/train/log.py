@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilm.plot_style import DOTS_PER_INCH, OURS, STYLE, check_matplotlib
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -71,33 +73,38 @@ def plot_log(path: Path, picture: Path) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a plot needs matplotlib: pip install "minilm[plots]"') from error
+    check_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     rows = read_log(path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes: Axes = figure.subplots()
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss", color="tab:blue")
-    losses = _points(rows, "loss")
-    axes.plot(*losses, color="tab:blue", alpha=0.35, linewidth=1)
-    axes.plot(losses[0], _smoothed(losses[1]), color="tab:blue", linewidth=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    scores = _points(rows, "score")
-    if scores[0]:
-        other = axes.twinx()
-        other.set_ylabel("dev score", color="tab:red")
-        other.plot(*scores, color="tab:red", marker="o", markersize=4)
-        best = max(range(len(scores[1])), key=scores[1].__getitem__)
-        other.annotate(
-            f"{scores[1][best]:.2f}", (scores[0][best], scores[1][best]), xytext=(0, 6), textcoords="offset points",
-            ha="center", color="tab:red",
-        )  # fmt: skip
-        other.margins(y=0.15)
-        other.spines["top"].set_visible(False)
-    figure.savefig(picture, dpi=150)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes: Axes = figure.subplots()
+        axes.set_xlabel("step")
+        _draw_losses(axes, *_points(rows, "loss"))
+        steps, scores = _points(rows, "score")
+        if steps:
+            _draw_scores(axes.twinx(), steps, scores)
+        figure.savefig(picture, dpi=DOTS_PER_INCH)
     return picture
+
+
+def _draw_losses(axes: Axes, steps: list[float], losses: list[float]) -> None:
+    """Draw losses, and their moving average over them."""
+    axes.set_ylabel("loss", color=OURS[0])
+    axes.plot(steps, losses, color=OURS[0], alpha=0.35, linewidth=1)
+    axes.plot(steps, _smoothed(losses), color=OURS[0], linewidth=2)
+
+
+def _draw_scores(axes: Axes, steps: list[float], scores: list[float]) -> None:
+    """Draw dev scores, the best of them as a number."""
+    axes.set_ylabel("dev score", color=OURS[1])
+    axes.plot(steps, scores, color=OURS[1], marker="o", markersize=4)
+    best = max(range(len(scores)), key=scores.__getitem__)
+    label, place = f"{scores[best]:.2f}", (steps[best], scores[best])
+    axes.annotate(label, place, xytext=(0, 6), textcoords="offset points", ha="center", color=OURS[1])
+    axes.margins(y=0.15)
 
 
 @contextmanager

@@ -119,12 +119,11 @@ class StatePooler:
         whole = {"embedding", "unnormalized"} >= set(self.names) and encoding.pooling[:4] != "avg_"
         output = model(batch, hidden_states=not whole)
         hidden = output.hidden_states or (output.last_hidden_state,)
-        first = 1 if encoding.first_hidden_state == "first_layer" else 0
 
         def pooled(name: str) -> Tensor:
             if name.startswith("layer."):
                 return model.backend.pool((hidden[int(name[6:])],), batch, "mean")
             normalize = encoding.normalize and name == "embedding"
-            return model.backend.pool(hidden, batch, encoding.pooling, first, normalize)
+            return model.backend.pool(hidden, batch, encoding.pooling, encoding.first_hidden_index, normalize)
 
         return torch.stack([pooled(name) for name in self.names], dim=1)

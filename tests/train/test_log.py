@@ -39,7 +39,7 @@ def test_the_picture(train):
     assert picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(("module", "extra"), [("matplotlib.figure", "plots"), ("torch.utils.tensorboard", "train")])
+@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "plots"), ("torch.utils.tensorboard", "train")])
 def test_extras_are_named(module, extra, tmp_path, monkeypatch):
     log = RunLog(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
@@ -48,7 +48,7 @@ def test_extras_are_named(module, extra, tmp_path, monkeypatch):
 
 
 def test_a_run_ends_well_without_matplotlib(train, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, result = train(epochs=1, plot=True)
     assert result.steps == 5
     assert "there is no picture of the log" in caplog.text

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,6 +26,9 @@ from minilm.weights.download import move_into_place, scratch_folder
 from minilm.weights.known import DEFAULT_MODEL, check_sha256, known
 from minilm.weights.package_index import download_folder
 from minilm.weights.sources import locate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported: they then run on the CPU
@@ -202,6 +206,22 @@ def own_sentences() -> list[str]:
 def texts(own_sentences: list[str]) -> list[str]:
     """A few of them."""
     return own_sentences[:24]
+
+
+@pytest.fixture
+def saved_figures(monkeypatch: pytest.MonkeyPatch) -> list["Figure"]:
+    """Every matplotlib figure that the test saves, drawn coarsely."""
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **{**options, "dpi": 30})
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from minilm.internals.attribution import attribute_similarity
 from minilm.internals.captures import Captured, capture
 from minilm.internals.decomposition import decompose_pair
 from minilm.internals.patches import ablate, patch
+from minilm.internals.points import hidden_states
 from minilm.progress import progress_bar
 from minilm.quantization import calibration_sentences
 from minilm.weights.export import export_sentence_transformers
@@ -101,9 +102,8 @@ def _against_transformers(encoder: SentenceEncoder, texts: Sequence[str]) -> Ite
         config = BertConfig.from_pretrained(f"{folder}/model", attn_implementation="eager")
         bert = BertModel(config).eval()  # type: ignore[no-untyped-call]
         bert.load_state_dict(load_file(f"{folder}/model/model.safetensors"), strict=False)  # the pooler may be missing
-    layers = range(encoder.config.num_layers)
-    states = ["embeddings", *(f"layers.{layer}.output" for layer in layers)]
-    patterns = [f"layers.{layer}.attention.pattern" for layer in layers]
+    states = hidden_states(encoder.config)
+    patterns = [f"layers.{layer}.attention.pattern" for layer in range(encoder.config.num_layers)]
     errors = [0.0, 0.0]
     for text in texts:  # each alone, as transformers has it
         captured = capture(encoder, text, [*states, *patterns])

@@ -24,7 +24,7 @@ from minilm.evaluate.sts import evaluate_sts
 from minilm.evaluate.sts_data import read_sts
 from minilm.internals import geometry
 from minilm.internals.observed import Site
-from minilm.internals.points import VECTOR, Point, resolve
+from minilm.internals.points import VECTOR, Point, hidden_states, resolve
 from minilm.internals.streaming import as_rows, row_point, stream
 from minilm.kernels.torch_backend import TorchBackend
 from minilm.texts import as_texts
@@ -127,9 +127,8 @@ def chosen_points(points: str | Iterable[str] | None, config: MiniLMConfig) -> l
         UnknownPointError: there is no point of a name given.
         ValueError: a point is an attention pattern.
     """
-    if points is None:
-        points = ["embeddings", *(f"layers.{layer}.output" for layer in range(config.num_layers))]
-    return [row_point(point.name, config) for point in resolve(points, config)]
+    names = hidden_states(config) if points is None else points
+    return [row_point(point.name, config) for point in resolve(names, config)]
 
 
 def layer_embeddings(

@@ -20,7 +20,7 @@ from minilm.batch import PackedBatch
 from minilm.encoder import SentenceEncoder
 from minilm.internals.captures import pack
 from minilm.internals.observed import observe
-from minilm.internals.points import resolve
+from minilm.internals.points import hidden_states, resolve
 
 METRICS = ("cosine", "dot")
 ROWS = 1_024  # token rows of the directions that are differentiated at once
@@ -222,7 +222,7 @@ def _depth(encoder: SentenceEncoder, point: str) -> tuple[int, str]:
     Raises:
         ValueError: it is no hidden state, or no point at all.
     """
-    names = ["embeddings", *(f"layers.{index}.output" for index in range(encoder.config.num_layers))]
+    names = hidden_states(encoder.config)
     found = [known.name for known in resolve(point, encoder.config)]
     if len(found) != 1 or found[0] not in names:
         raise ValueError(f"attribution starts at a hidden state, one of {', '.join(names)}; got {point!r}")

@@ -31,7 +31,7 @@ from minilm.evaluate.result import aligned
 from minilm.internals.captures import Captured, capture, pack
 from minilm.internals.causal import Component, components, ranked
 from minilm.internals.observed import Site, Visitor, observe
-from minilm.internals.points import HEADS, PATTERN, TOKENS, VECTOR, Point, resolve
+from minilm.internals.points import HEADS, PATTERN, TOKENS, VECTOR, Point, hidden_states, resolve
 from minilm.internals.replay import TOKENS_AT_ONCE, Replay, layer_of
 from minilm.progress import progress_bar
 from minilm.texts import check_text
@@ -142,9 +142,7 @@ def patching_grid(
     if by not in BY:
         raise ValueError(f"by must be one of {', '.join(BY)}; got {by!r}")
     if points is None:
-        layers = range(encoder.config.num_layers)
-        points = ["embeddings", *(f"layers.{layer}.output" for layer in layers)]
-        points = points if by == "position" else [f"layers.{layer}.attention.head_outputs" for layer in layers]
+        points = hidden_states(encoder.config) if by == "position" else "layers.*.attention.head_outputs"
     chosen = resolve(points, encoder.config)
     dimensions = [_dimension(point, by) for point in chosen]
     with observe(encoder, {}):

@@ -104,6 +104,16 @@ def points_of(config: MiniLMConfig) -> dict[str, Point]:
     return {point.name: point for point in (*_EMBEDDINGS, *layers, *_TEXT)}
 
 
+def hidden_states(config: MiniLMConfig) -> list[str]:
+    """Return the names of the hidden states: the embeddings' output and each layer's."""
+    return ["embeddings", *(f"layers.{layer}.output" for layer in range(config.num_layers))]
+
+
+def hidden_state_labels(config: MiniLMConfig) -> list[str]:
+    """Return what pictures call the hidden states."""
+    return ["embeddings", *(f"layer {layer}" for layer in range(config.num_layers))]
+
+
 def resolve(names: str | Iterable[str], config: MiniLMConfig) -> list[Point]:
     """Return the points that names mean, each once, in the order of computation.
 

@@ -27,6 +27,7 @@ from minilm.internals.attribution import SimilarityAttribution, attribute_simila
 from minilm.internals.captures import Captured, capture
 from minilm.internals.decomposition import PairDecomposition, decompose_pair
 from minilm.internals.lens import layer_similarities
+from minilm.internals.points import hidden_state_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,9 +195,7 @@ def explain(
     decomposition = decompose_pair(encoder, first, second, metric)
     captured = capture(encoder, [first, second], "layers.*.attention.pattern")
     similarities = layer_similarities(encoder, first, second).figure("cosine")
-    layers = dict(
-        zip(["embeddings", *(f"layer {k}" for k in range(encoder.config.num_layers))], similarities, strict=True)
-    )
+    layers = dict(zip(hidden_state_labels(encoder.config), similarities, strict=True))
     options: dict[str, Any] = {
         "metric": metric,
         "tolerance": ATTRIBUTION_TOLERANCE,

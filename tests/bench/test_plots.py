@@ -7,28 +7,19 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from minilm.bench.plots import plot
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(saved_figures):
     """Return a function that plots a report and returns its axes by title, having checked the PNG."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **options):
-        figures.append(figure)
-        save(figure, *args, **{**options, "dpi": 30})
-
-    monkeypatch.setattr(Figure, "savefig", keep)
 
     def draw(report, baseline=None):
         file = io.BytesIO()
         plot(report, file, baseline)
         assert file.getvalue().startswith(b"\x89PNG")
-        return {axes.get_title(loc="left"): axes for axes in figures[-1].axes}
+        return {axes.get_title(loc="left"): axes for axes in saved_figures[-1].axes}
 
     return draw
 

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from minilm.evaluate import TripletResult, UniformityResult, compare
 from minilm.evaluate.comparison_plot import plot
@@ -61,22 +60,14 @@ def test_dictionary(comparison):
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def drawn(saved_figures):
     """Return a function that plots a comparison and returns its axes by title, having checked the PNG."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **options):
-        figures.append(figure)
-        save(figure, *args, **{**options, "dpi": 30})
-
-    monkeypatch.setattr(Figure, "savefig", keep)
 
     def draw(comparison):
         file = io.BytesIO()
         plot(comparison, file)
         assert file.getvalue().startswith(b"\x89PNG")
-        return {axes.get_title(loc="left"): axes for axes in figures[-1].axes}
+        return {axes.get_title(loc="left"): axes for axes in saved_figures[-1].axes}
 
     return draw
 

@@ -14,6 +14,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.internals import plots
 from minilm.internals.decomposition import decompose_pair
 from minilm.internals.lens import layer_embeddings
+from minilm.internals.points import hidden_state_labels
 from minilm.internals.studies.result import StudyResult
 from minilm.progress import progress_bar
 
@@ -70,7 +71,7 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
     ]
 
     def pictures() -> dict[str, Figure]:
-        places = ["embeddings", *(f"layer {layer}" for layer in range(encoder.config.num_layers))]
+        places = hidden_state_labels(encoder.config)
         curves = {name: [numbers[column] for numbers in rows.values()] for column, name in enumerate(others)}
         title, unit = 'What parts "not" from another word', "difference of mean cosines"
         return {

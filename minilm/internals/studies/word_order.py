@@ -19,6 +19,7 @@ from minilm.internals import plots
 from minilm.internals.captures import capture
 from minilm.internals.lens import layer_embeddings
 from minilm.internals.patches import ablate, patch
+from minilm.internals.points import hidden_state_labels, hidden_states
 from minilm.internals.studies.result import StudyResult
 from minilm.progress import progress_bar
 
@@ -75,7 +76,7 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
     ]
 
     def pictures() -> dict[str, Figure]:
-        places = ["embeddings", *(f"layer {layer}" for layer in range(encoder.config.num_layers))]
+        places = hidden_state_labels(encoder.config)
         curves = {name: [numbers[column] for numbers in rows.values()] for column, name in enumerate(COLUMNS[:-1])}
         shares = dict(zip(places[1:], [*closed.values()][1:], strict=True))
         title, unit = (
@@ -94,7 +95,7 @@ def run(encoder: SentenceEncoder, *, show_progress_bar: bool | None = None) -> S
 
 def _word_cosines(encoder: SentenceEncoder, first: list[str], second: list[str]) -> list[float]:
     """Return at each layer the mean cosine of a word in one role (token 2) with itself in the other (token 5)."""
-    points = ["embeddings", *(f"layers.{layer}.output" for layer in range(encoder.config.num_layers))]
+    points = hidden_states(encoder.config)
     ours, theirs = capture(encoder, first, points), capture(encoder, second, points)
     if any(len(tokens) != 8 for tokens in (*ours.tokens, *theirs.tokens)):  # five words, a full stop, and the frame
         raise ValueError("these sentences are for a vocabulary that has all their words as single word pieces")

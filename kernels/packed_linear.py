@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Owner = TypeVar("Owner")
 Form = TypeVar("Form")
@@ -71,6 +72,17 @@ class PackedLinear:
         with torch.inference_mode(False), torch.no_grad():
             packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(self._weight, TYPICAL_ROWS)
         return packed
+
+
+def _count_fused_writes(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Move the version counters of what a fused optimizer has just written to; torch's fused steps don't."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_fused_writes)
 
 
 class PackedWeights(Generic[Owner, Form]):

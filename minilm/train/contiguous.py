@@ -22,13 +22,20 @@ class ContiguousBackend(TorchBackend):
     name = "contiguous"
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, batch: Packed, dropout: float = 0.0) -> Tensor:
-        """softmax(q·kᵀ / √D)·v within each sequence: three of `[T, H, D]` -> `[T, H, D]`."""
-        contexts = []
+        """softmax(q·kᵀ / √D)·v within each sequence: three of `[T, H, D]` -> `[T, H, D]`.
+
+        On a CPU in float32 whatever the precision: the backward pass of torch's own there takes several times as long
+        in bfloat16.
+        """
+        contexts, dtype = [], query.dtype
+        if query.device.type == "cpu":
+            query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
         for q, k, v in zip(*(_runs(x, batch) for x in (query, key, value)), strict=True):  # [n, L, H, D]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [n, H, L, D]
-            context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            with torch.autocast(q.device.type, enabled=False):
+                context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
             contexts.append(context.transpose(1, 2).flatten(0, 1))
-        return torch.cat(contexts)
+        return torch.cat(contexts).to(dtype)
 
     def pool(
         self, hidden_states: Sequence[Tensor], batch: Packed, pooling: str, first: int = 0, normalize: bool = False

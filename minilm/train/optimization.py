@@ -32,7 +32,7 @@ def adamw(
             if parameters:
                 decay = weight_decay if decays else 0.0
                 groups.append({"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, eps=epsilon)
+    return torch.optim.AdamW(groups, eps=epsilon, fused=True)
 
 
 def schedule_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:

@@ -99,10 +99,12 @@ def test_gradients_are_plain_torch_s(model, batch):
     assert all(torch.equal(a, b) for a, b in zip(gradients("packed"), gradients("torch"), strict=True))
 
 
-def test_a_training_step_is_seen(model):
+@pytest.mark.parametrize("fused", [False, True])  # torch's fused steps do not count as writes
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_training_step_is_seen(model, kind, fused):
     batch = batch_of([5, 5])
     before = outputs(model, batch)[-1]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = kind(model.parameters(), lr=0.1, fused=fused)
     model(batch).last_hidden_state.square().sum().backward()
     optimizer.step()
     after = outputs(model, batch)[-1]

@@ -2,6 +2,7 @@
 
 Inference runs the whole encoder as one operation (`minilm.kernels.encoder`), a small batch as a CUDA graph; training
 runs the kernels one by one, differentiable. What no kernel covers is left to plain torch, with a `BackendWarning`.
+Under autocast, products and LayerNorms are plain torch's, which knows their precisions; attention keeps its kernel.
 """
 
 from __future__ import annotations
@@ -172,6 +173,8 @@ class TritonBackend(TorchBackend):
 
     def _covers(self, operation: str, *operands: Tensor) -> bool:
         """Whether the kernel of an operation takes such operands; says so once if it does not."""
+        if operation in ("linear", "layer_norm") and torch.is_autocast_enabled(operands[0].device.type):
+            return False
         for dtype in {x.dtype for x in operands} - set(DTYPES):
             self._leave(operation, f"its kernel takes float16, bfloat16 and float32, not {dtype}")
             return False

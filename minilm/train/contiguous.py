@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from minilm.config import MiniLMConfig
+from minilm.kernels.backend import AUTOMATIC, BackendError, backend_class
 from minilm.kernels.operands import Packed
 from minilm.kernels.torch_backend import REDUCTIONS, TorchBackend
 
@@ -48,6 +50,18 @@ class ContiguousBackend(TorchBackend):
         x = x if other is None else (x + other) / 2
         pooled = torch.cat([REDUCTIONS[pooling](run) for run in _runs(x, batch)])
         return F.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def training_backend(config: MiniLMConfig, device: str) -> type[TorchBackend]:
+    """Return who computes in training: on a GPU the kernels that `auto` takes there, unless attention has dropout."""
+    if device != "cpu" and device in AUTOMATIC and not config.attention_dropout:
+        try:
+            found = backend_class(AUTOMATIC[device])
+        except BackendError:
+            return ContiguousBackend
+        if found.differentiable and found.unavailable(config, device) is None:
+            return found
+    return ContiguousBackend
 
 
 def _runs(x: Tensor, batch: Packed) -> list[Tensor]:

@@ -18,7 +18,7 @@ from minilm.batch import PackedBatch
 from minilm.encoder import SentenceEncoder
 from minilm.kernels.backend import BackendChoice
 from minilm.train import cached, distributed
-from minilm.train.contiguous import ContiguousBackend
+from minilm.train.contiguous import training_backend
 from minilm.train.objectives import Objective
 from minilm.train.settings import TrainingSettings
 from minilm.train.states import Layout, StatePooler
@@ -62,7 +62,9 @@ class Gradients:
         self.encoder, self.objective, self.settings = encoder, objective, settings
         self.pooler = StatePooler(encoder, objective.states)
         self.scaler = torch.amp.GradScaler(encoder.device.type, enabled=settings.precision == "float16")
-        self.backend: BackendChoice = ContiguousBackend if settings.backend == "auto" else settings.backend
+        self.backend: BackendChoice = settings.backend
+        if settings.backend == "auto":
+            self.backend = training_backend(encoder.config, encoder.device.type)
         self.texts = 0
 
     def add(self, batch: Batch, number: int) -> Tensor:

@@ -102,13 +102,15 @@ class TeacherSettings:
     """Who is learnt from.
 
     Attributes:
-        names: models as `minilm.load` or sentence-transformers take them; several are an ensemble.
+        names: models as `minilm.train.teachers.load_teacher` takes them; several are an ensemble.
+        weights: of each in an ensemble; empty for equal ones.
         cache: the folder in which each one's vectors are kept.
         dtype: of the vectors kept, `float16` or `float32`.
         precision: what the models compute in; `bfloat16` is several times as fast on a processor made for it.
     """
 
     names: list[Any] = field(default_factory=list)
+    weights: list[Any] = field(default_factory=list)
     cache: str = "teacher"
     dtype: str = "float16"
     precision: str = "float32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,7 +18,8 @@ from minilm.train.leaks import evaluation_sentences, without_leaks
 from minilm.train.mixtures import Mixture
 from minilm.train.recipe import ModelSettings, Recipe, RecipeError
 from minilm.train.sources import MIXTURES
-from minilm.train.teachers import CachedTeacher, Ensemble, Teacher, load_teacher
+from minilm.train.teacher_cache import CachedTeacher
+from minilm.train.teachers import Ensemble, Teacher, load_teacher
 from minilm.train.trainer import Trainer, TrainingResult
 from minilm.weights.files import write_json
 from minilm.weights.sources import read_model
@@ -91,11 +93,11 @@ def make_teacher(recipe: Recipe, device: str | None = None) -> CachedTeacher | E
     settings = recipe.teacher
 
     def cached(name: str) -> CachedTeacher:
-        folder = f"{settings.cache}/{name.strip('/').replace('/', '--')}"
+        folder = f"{settings.cache}/{re.sub('[/:]+', '--', name.strip('/'))}"
         return CachedTeacher(folder, load_teacher(name, device=device, dtype=settings.precision), dtype=settings.dtype)
 
     teachers = [cached(str(name)) for name in settings.names]
-    return teachers[0] if len(teachers) == 1 else Ensemble(teachers)
+    return teachers[0] if len(teachers) == 1 else Ensemble(teachers, settings.weights)
 
 
 def embed(mixture: Mixture, teacher: Teacher, *, show_progress_bar: bool | None = None) -> int:

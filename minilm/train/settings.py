@@ -31,7 +31,8 @@ class TrainingSettings:
         max_gradient_norm: gradients are scaled down to it; 0 to leave them.
         freeze: parameters to leave as they are, by the beginnings of their names, such as `embeddings.word`.
         precision: `float32`, or what autocast computes in: `bfloat16`, `float16` (on a GPU).
-        backend: who computes the operations in training; `auto` for plain torch on neighbours of equal length.
+        backend: who computes the operations in training; `auto` for plain torch on neighbours of equal length, and
+            on a GPU the Triton kernels unless attention has dropout.
         ema: decay of a moving average of the weights, which is what is evaluated and kept; 0 for none.
         evaluate_every: steps between dev scores; 0 for none.
         keep_best: keep the weights with the best dev score, not the last.

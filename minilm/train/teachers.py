@@ -1,20 +1,12 @@
-"""Teachers' vectors, computed once: kept on disk by text, gone on with after any interruption, and read by memory map.
-
-A folder belongs to one teacher and holds `teacher.json` (which one), `vectors.npy` `[n, D]` and `keys.npy` `[n]`, a
-hash of each vector's text. Vectors are appended before their keys, and what has no key doesn't count: whenever the
-process is killed, what is there is whole.
-"""
+"""Who is learnt from: anything that gives texts vectors; one model, one of its hidden states, or several together."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,16 +16,13 @@ from torch import nn
 
 from minilm.encoder import SentenceEncoder, load
 from minilm.model import floating_dtype
-from minilm.progress import progress_bar
-from minilm.train.rows import text_key
+from minilm.train.states import StatePooler
 from minilm.weights.files import WeightsError
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("float16", "float32")
-CHUNK = 512
-"""Texts embedded between two writes: what is lost at most."""
-_HEADER = 128
+BATCH_TOKENS = 16_384
+"""Tokens that `InnerLayer` encodes at a time."""
 
 
 class Teacher(Protocol):
@@ -43,156 +32,73 @@ class Teacher(Protocol):
         """Return one vector a text, in order."""
 
 
-class CachedTeacher:
-    """A teacher that computes no text's vector twice, in this process or another.
+class Ensemble:
+    """Several teachers as one, whose inner product is the weighted mean of their cosines.
+
+    Its vectors are those of its teachers side by side, each scaled to length √w, the weights w adding up to 1.
 
     Args:
-        folder: where its vectors are kept; made if need be.
-        teacher: who computes them; without one, only what is there can be had.
-        dtype: of the numbers on disk, `float16` or `float32`; by default what the folder has, or float16 in a new one.
-        identity: what tells this teacher from others; by default `teacher_identity(teacher)`.
+        teachers: cached or not.
+        weights: a positive number for each; equal ones by default.
 
     Raises:
-        ValueError: the folder is another teacher's or of another dtype, or the teacher has no identity of its own.
+        ValueError: there is no teacher, or not one positive weight for each.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        teacher: Teacher | None = None,
-        *,
-        dtype: str | None = None,
-        identity: str | None = None,
-    ) -> None:
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-        self.folder, self.teacher = Path(folder).expanduser(), teacher
-        self.identity = identity or (None if teacher is None else teacher_identity(teacher))
-        self._dtype = dtype
-        self._read()
-
-    def __len__(self) -> int:
-        """Count the vectors kept."""
-        return len(self._sorted_keys)
-
-    @property
-    def vectors(self) -> NDArray[np.floating[Any]]:
-        """All vectors kept, `[n, D]`, in the order they came, as a memory map."""
-        return self._vectors
-
-    def encode(self, sentences: Sequence[str]) -> NDArray[np.float32]:
-        """Return the texts' vectors as they are kept, in float32 `[n, D]`; those that lack are computed first.
-
-        Raises:
-            ValueError: some lack, and there is no teacher to ask; or it gives no usable vectors.
-        """
-        keys = np.array([text_key(text) for text in sentences], np.uint64)
-        if not self._has(keys).all():
-            self.embed(sentences, show_progress_bar=False)
-        places = self._order[np.searchsorted(self._sorted_keys, keys)] if len(keys) else np.empty(0, np.int64)
-        return self._vectors[places].astype(np.float32)
-
-    def embed(self, texts: Iterable[str], *, chunk_size: int = CHUNK, show_progress_bar: bool | None = None) -> int:
-        """Compute the vectors that lack, and return how many that were. Killed at any time, it can be called again.
-
-        Args:
-            texts: as many as there are, read as they are needed.
-            chunk_size: texts to be embedded between two writes.
-            show_progress_bar: by default, if the `minilm` logger is at level INFO or below.
-
-        Raises:
-            ValueError: there is no teacher to ask, or it gives no usable vectors.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        total = len(texts) if isinstance(texts, Sized) else None
-        with _locked(self.folder), progress_bar(show_progress_bar, total, "embed", "text") as advance:
-            self._read()  # another process may have added some
-            before, known, iterator = len(self), set(self._sorted_keys.tolist()), iter(texts)
-            try:
-                count = before
-                while chunk := _unknown(iterator, known, chunk_size, advance):
-                    self._add(chunk, count)
-                    count += len(chunk)
-                    advance(len(chunk))
-            finally:
-                self._read()
-        return count - before
-
-    # Inner steps.
-
-    def _read(self) -> None:
-        """Take up what the folder holds."""
-        about = self.folder / "teacher.json"
-        stored = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-        for name, here in (("teacher", self.identity), ("dtype", self._dtype)):
-            if stored and here not in (None, stored[name]):
-                raise ValueError(
-                    f"{self.folder} holds vectors with {name} {stored[name]!r}, not {here!r}; choose another folder"
-                )
-        self._stored_dtype, width = np.dtype(stored.get("dtype", self._dtype or "float16")), stored.get("width", 0)
-        vectors, keys = self.folder / "vectors.npy", self.folder / "keys.npy"
-        count = min(_rows(vectors, width * self._stored_dtype.itemsize), _rows(keys, 8))
-        self._vectors = _mapped(vectors, self._stored_dtype, (count, width))
-        unsorted = np.array(_mapped(keys, np.dtype(np.uint64), (count,)))
-        self._order = np.argsort(unsorted, kind="stable")
-        self._sorted_keys = unsorted[self._order]
-
-    def _has(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Tell which keys have a vector."""
-        if not len(self):
-            return np.zeros(len(keys), bool)
-        found = self._sorted_keys[np.searchsorted(self._sorted_keys, keys).clip(max=len(self) - 1)]
-        matches: NDArray[np.bool_] = found == keys
-        return matches
-
-    def _add(self, chunk: dict[int, str], count: int) -> None:
-        """Compute the vectors of texts, given by their keys, and write them behind the first `count`."""
-        if self.teacher is None:
-            raise ValueError(
-                f"{self.folder} lacks the vectors of {len(chunk)} texts or more, such as "
-                f"{next(iter(chunk.values()))!r}, and there is no teacher to compute them: "
-                "give one, or embed these texts first"
-            )
-        computed = encode(self.teacher, list(chunk.values()))
-        with np.errstate(over="ignore"):
-            vectors = computed.astype(self._stored_dtype)
-        width = self._vectors.shape[1] or vectors.shape[1]
-        if vectors.shape[1] != width or not np.isfinite(vectors).all():
-            raise ValueError(
-                f"expected vectors [n, {width}] that {self._stored_dtype} can hold, got {list(vectors.shape)} with "
-                f"entries up to {np.abs(computed).max():.3g}"
-            )
-        about = {"teacher": self.identity, "dtype": str(self._stored_dtype), "width": width}
-        _write_once(self.folder / "teacher.json", json.dumps(about, indent=2) + "\n")
-        _append(self.folder / "vectors.npy", vectors, count)
-        _append(self.folder / "keys.npy", np.array(list(chunk), np.uint64), count)
-
-
-class Ensemble:
-    """Several teachers as one, whose inner product is the mean of their cosines.
-
-    Its vectors are those of its teachers, each scaled to length 1, side by side, divided by √k.
-
-    Args:
-        teachers: k of them, cached or not.
-    """
-
-    def __init__(self, teachers: Sequence[Teacher]) -> None:
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] = ()) -> None:
         if not teachers:
             raise ValueError("an ensemble needs at least one teacher")
+        weights = weights or [1.0] * len(teachers)
+        if len(weights) != len(teachers) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"expected {len(teachers)} positive weights, one for each teacher; got {list(weights)}")
         self.teachers = list(teachers)
+        self.weights = [weight / sum(weights) for weight in weights]
 
     @property
     def identity(self) -> str:
         """What tells it from other teachers."""
-        return f"ensemble of {', '.join(teacher_identity(teacher) for teacher in self.teachers)}"
+        parts = zip(self.teachers, self.weights, strict=True)
+        return f"ensemble of {', '.join(f'{weight:.4g} {teacher_identity(teacher)}' for teacher, weight in parts)}"
 
     def encode(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """Return the texts' vectors, float32 `[n, sum of the teachers' widths]`."""
         parts = [encode(teacher, sentences) for teacher in self.teachers]
         norms = (np.linalg.norm(part, axis=1, keepdims=True) for part in parts)
-        unit = [part / np.where(norm == 0, 1, norm) for part, norm in zip(parts, norms, strict=True)]
-        vectors: NDArray[np.float32] = np.concatenate(unit, axis=1) / np.float32(len(parts) ** 0.5)
+        scales = (
+            np.float32(weight**0.5) / np.where(n == 0, 1, n) for n, weight in zip(norms, self.weights, strict=True)
+        )
+        return np.concatenate([part * scale for part, scale in zip(parts, scales, strict=True)], axis=1)
+
+
+class InnerLayer:
+    """A teacher that is an encoder's hidden state, averaged over the tokens of a text.
+
+    Layer 0 is the embeddings' output: it knows the words of a text and not what they mean together, and so says of two
+    texts how many words they share.
+
+    Args:
+        encoder: the model.
+        state: `layer.0` to `layer.N`, N its number of layers.
+
+    Raises:
+        ValueError: the model has no such state.
+    """
+
+    def __init__(self, encoder: SentenceEncoder, state: str) -> None:
+        self.encoder, self.state, self.device = encoder, state, encoder.device
+        self._pooler = StatePooler(encoder, (state,))
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other teachers."""
+        return f"{self.state} of {teacher_identity(self.encoder)}"
+
+    @torch.inference_mode()
+    def encode(self, sentences: Sequence[str]) -> NDArray[np.float32]:
+        """Return the texts' vectors, float32 `[n, C]`."""
+        batches, places = self._pooler.pack(sentences, BATCH_TOKENS)
+        states = torch.cat([self._pooler(batch)[:, 0] for batch in batches])[places]
+        vectors: NDArray[np.float32] = states.float().cpu().numpy()
         return vectors
 
 
@@ -202,7 +108,7 @@ def load_teacher(
     """Load a model as a teacher: by this library, or, what it doesn't take (such as MPNet), by sentence-transformers.
 
     Args:
-        name_or_path: as either takes it.
+        name_or_path: as either takes it; `NAME:layer.K` is a hidden state of what this library takes (`InnerLayer`).
         device: as either takes it.
         dtype: what it computes in; rounded weights are another teacher, with vectors of its own.
 
@@ -211,6 +117,9 @@ def load_teacher(
         ValueError: the dtype is no floating point type.
     """
     dtype = floating_dtype(dtype)
+    name, colon, layer = os.fspath(name_or_path).rpartition(":layer.")
+    if colon:
+        return InnerLayer(load(name, device=device, dtype=dtype), f"layer.{layer}")
     try:
         return load(name_or_path, device=device, dtype=dtype)
     except WeightsError as error:
@@ -223,8 +132,20 @@ def load_teacher(
             f"This library doesn't take it: {reason}"
         ) from error
     logger.info("%s is loaded by sentence-transformers; this library doesn't take it: %s", name_or_path, reason)
-    teacher: Teacher = SentenceTransformer(os.fspath(name_or_path), device=device).to(dtype)
-    return teacher
+    model = SentenceTransformer(os.fspath(name_or_path), device=device).to(dtype)
+    return _InBatches(model, 32 if model.device.type == "cpu" else 512)
+
+
+class _InBatches:
+    """A sentence-transformers model that encodes so many texts at a time."""
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        self.model, self.batch_size, self.device = model, batch_size, model.device
+        self.identity = teacher_identity(model)
+
+    def encode(self, sentences: Sequence[str]) -> Any:
+        """Return the model's vectors."""
+        return self.model.encode(list(sentences), batch_size=self.batch_size, show_progress_bar=False)
 
 
 def teacher_identity(teacher: Teacher) -> str:
@@ -257,71 +178,3 @@ def encode(teacher: Teacher, sentences: Sequence[str]) -> NDArray[np.float32]:
     if vectors.ndim != 2 or len(vectors) != len(sentences) or not np.isfinite(vectors).all():
         raise ValueError(f"expected finite vectors [{len(sentences)}, D] of the teacher, got an array {vectors.shape}")
     return vectors
-
-
-def _unknown(texts: Iterator[str], known: set[int], count: int, advance: Callable[[int], object]) -> dict[int, str]:
-    """Take the next texts whose keys are unknown, up to `count`, and note their keys as known."""
-    found: dict[int, str] = {}
-    for text in texts:
-        key = text_key(text)
-        if key in known:
-            advance(1)
-            continue
-        known.add(key)
-        found[key] = text
-        if len(found) == count:
-            break
-    return found
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let no other process write to the folder until the block ends; where files can't be locked, trust to that."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.warning("another process writes to %s; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # a closed file is unlocked, a killed process's too
-
-
-def _write_once(path: Path, content: str) -> None:
-    """Write a file that does not exist yet, whole or not at all."""
-    if not path.exists():
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-
-
-def _rows(path: Path, row_bytes: int) -> int:
-    """Count the whole rows of a file in numpy's format, whatever its header says."""
-    return max(0, path.stat().st_size - _HEADER) // row_bytes if row_bytes and path.exists() else 0
-
-
-def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Map a file in numpy's format into memory."""
-    return np.memmap(path, dtype, "r", _HEADER, shape) if shape[0] else np.empty(shape, dtype)
-
-
-def _append(path: Path, rows: NDArray[Any], count: int) -> None:
-    """Write rows to a file in numpy's format behind its first `count`, then the number of rows to its header."""
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(_HEADER + count * rows[:1].nbytes)  # what a killed process left behind them goes
-        file.seek(0, os.SEEK_END)
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        file.write(_header(rows.dtype, (count + len(rows), *rows.shape[1:])))
-
-
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return the head of a file in numpy's format, version 1, of a fixed size."""
-    description = repr({"descr": dtype.str, "fortran_order": False, "shape": shape}).encode()
-    return b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + description.ljust(_HEADER - 11) + b"\n"

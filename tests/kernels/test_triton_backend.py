@@ -138,6 +138,26 @@ def test_every_parameters_gradient(dtype, device, judge):
     judge(gradients(model, batch, "triton"), gradients(model, batch, "torch"), exact, names)
 
 
+def test_gradients_under_autocast(device, judge):
+    """Products in float16 as autocast has them, attention by its kernel in the same; LayerNorms in float32."""
+    model, batch = build(config(num_layers=1), torch.float32, device), pack([1, 2, 17, 30], device)
+    names = " ".join(name for name, _ in model.named_parameters())
+    exact = gradients(copy.deepcopy(model).double(), batch, "torch")
+    found, seen = [], []
+
+    class Watched(TritonBackend):
+        def attention(self, query, *others):
+            seen.append(query.dtype)
+            return super().attention(query, *others)
+
+    for choice in (Watched, "torch"):
+        with torch.autocast(device, torch.float16):
+            found.append(gradients(model, batch, choice))
+    halved = [[gradient.half() for gradient in some] for some in found]  # their errors are float16's
+    judge(*halved, exact, names)
+    assert seen == [torch.float16]
+
+
 def test_ten_steps_of_training_lose_alike(device):
     """In-batch contrastive training of a tiny model, float32: the same losses, step by step."""
     queries, passages = (pack(lengths, device, vocabulary=20) for lengths in ([3, 7, 5], [6, 2, 9]))

@@ -179,6 +179,18 @@ def test_distillation_brings_the_student_to_the_teacher(prepared, tmp_path):
     assert asdict(recipe) == asdict(load_recipe(prepared("similarity"), ["learning_rate=3e-3", "epochs=12"]))
 
 
+def test_an_ensemble_with_a_hidden_state_and_weights(prepared, tmp_path):
+    teachers = [f"{tmp_path}/teacher", f"{tmp_path}/teacher:layer.0"]
+    changes = [f"teacher.names={teachers}", "teacher.weights=[1.0, 0.5]", "learning_rate=3e-3", "epochs=12"]
+    recipe = load_recipe(prepared("similarity"), changes)
+    runs.train(recipe)
+    texts = (tmp_path / "texts.txt").read_text().splitlines()
+    start, student = (minilm.load(tmp_path / name, device="cpu").encode(texts) for name in ("start", "run/model"))
+    teacher = runs.make_teacher(recipe).encode(texts)
+    before, after = (((x @ x.T - teacher @ teacher.T) ** 2).mean() for x in (start, student))
+    assert after < before / 4
+
+
 def test_an_output_layer_comes_with_the_model(prepared, tmp_path):
     result = runs.train(load_recipe(prepared("hpd"), ["output_width=4", "objective_learning_rate=0.01"]))
     encoder = load_projected(tmp_path / "run", device="cpu")

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from minilm.evaluate.sts import evaluate_sts
-from minilm.train.teachers import CachedTeacher, Ensemble, encode, load_teacher, teacher_identity
+from minilm.train.states import StatePooler
+from minilm.train.teacher_cache import CachedTeacher
+from minilm.train.teachers import Ensemble, InnerLayer, encode, load_teacher, teacher_identity
 
 TEXTS = [f"sentence {i}" for i in range(50)]
 
@@ -126,7 +128,7 @@ def test_torn_files_are_mended(tmp_path, cut):
 KILLED = """
 import sys, time
 import numpy as np
-from minilm.train.teachers import CachedTeacher
+from minilm.train.teacher_cache import CachedTeacher
 
 class Teacher:
     identity = "slow"
@@ -177,30 +179,57 @@ def test_two_processes_share_a_cache(tmp_path):
 # Ensembles, and who a teacher is.
 
 
-def test_the_inner_product_of_an_ensemble_is_the_mean_of_cosines(tmp_path):
+@pytest.mark.parametrize("weights", [(), (1, 2, 0.5)], ids=["equal", "weighted"])
+def test_the_inner_product_of_an_ensemble_is_the_mean_of_cosines(tmp_path, weights):
     teachers = [Teacher("a", 6, 1), Teacher("b", 11, 2), Teacher("c", 3, 3)]
     parts = [CachedTeacher(tmp_path / t.identity, t, dtype="float32") for t in teachers[:2]]
-    vectors = Ensemble([*parts, teachers[2]]).encode(TEXTS)
+    vectors = Ensemble([*parts, teachers[2]], weights).encode(TEXTS)
     cosines = []
     for teacher in teachers:
         own = teacher.encode(TEXTS).astype(np.float64)
         norms = np.sqrt((own**2).sum(axis=1))
         cosines.append(own @ own.T / np.outer(norms, norms))
+    mean = np.average(cosines, axis=0, weights=weights or None)
     assert vectors.shape == (50, 20)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors.astype(np.float64) @ vectors.T, np.mean(cosines, axis=0), atol=1e-6)
+    np.testing.assert_allclose(vectors.astype(np.float64) @ vectors.T, mean, atol=1e-6)
 
 
 def test_an_ensemble_can_be_cached_and_has_its_members_identity(tmp_path):
     ensemble = Ensemble([Teacher("a"), Teacher("b", seed=1)])
-    assert ensemble.identity == "ensemble of a, b"
+    assert ensemble.identity == "ensemble of 0.5 a, 0.5 b"
     cached = CachedTeacher(tmp_path, ensemble)
     np.testing.assert_allclose(cached.encode(TEXTS), ensemble.encode(TEXTS), atol=1e-3)
     with pytest.raises(ValueError, match="choose another folder"):
-        CachedTeacher(tmp_path, Ensemble([Teacher("a"), Teacher("c")]))
-    assert teacher_identity(Ensemble([cached])) == "ensemble of ensemble of a, b"
+        CachedTeacher(tmp_path, Ensemble([Teacher("a"), Teacher("b")], [1, 2]))
+    assert teacher_identity(Ensemble([cached])) == "ensemble of 1 ensemble of 0.5 a, 0.5 b"
     with pytest.raises(ValueError, match="at least one"):
         Ensemble([])
+    for weights in ([1], [1, 0], [1, float("nan")]):
+        with pytest.raises(ValueError, match="expected 2 positive weights"):
+            Ensemble([Teacher("a"), Teacher("b")], weights)
+
+
+def test_an_inner_layer_is_its_hidden_state_averaged(own_encoder):
+    texts = ["a man", "the old bird sees the water", "water"] * 3
+    for layer in (0, 1):
+        teacher = InnerLayer(own_encoder, f"layer.{layer}")
+        found = teacher.encode(texts)
+        for text, vector in zip(texts, found, strict=True):
+            batch = StatePooler(own_encoder, ()).pack([text])[0][0]
+            states = own_encoder.model(batch, hidden_states=True).hidden_states[layer]
+            np.testing.assert_allclose(vector, states.detach().double().mean(0), atol=1e-5)
+        assert teacher_identity(teacher) == f"layer.{layer} of {teacher_identity(own_encoder)}"
+    with pytest.raises(ValueError, match=r"got 'layer\.9'"):
+        InnerLayer(own_encoder, "layer.9")
+
+
+def test_an_inner_layer_by_name(own_encoder, tmp_path):
+    own_encoder.save(tmp_path / "model")
+    teacher = load_teacher(f"{tmp_path / 'model'}:layer.0")
+    np.testing.assert_allclose(
+        teacher.encode(["a man"]), InnerLayer(own_encoder, "layer.0").encode(["a man"]), atol=1e-6
+    )
 
 
 def test_a_zero_vector_stays_zero():
@@ -264,7 +293,7 @@ def test_what_this_library_does_not_take_goes_to_sentence_transformers(mpnet_fol
 
     caplog.set_level("INFO", "minilm")
     teacher = load_teacher(mpnet_folder, device="cpu")
-    assert isinstance(teacher, SentenceTransformer)
+    assert isinstance(teacher.model, SentenceTransformer)
     assert "is loaded by sentence-transformers; this library doesn't take it" in caplog.text
     cached = CachedTeacher(tmp_path / "cache", teacher)
     np.testing.assert_allclose(cached.encode(TEXTS[:4]), teacher.encode(TEXTS[:4]), atol=1e-3)

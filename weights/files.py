@@ -146,8 +146,10 @@ def sha256(paths: Sequence[Path]) -> str:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a value as indented JSON."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a value as indented JSON; the file appears, or replaces the old one, whole."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

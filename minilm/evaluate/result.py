@@ -72,7 +72,7 @@ class Result(ABC):
         return {
             "measure": self.measure,
             **self.sizes,
-            "figures": {name: json_number(value) for name, value in self.figures.items()},
+            "figures": json_numbers(self.figures),
             "intervals": {name: interval.to_dict() for name, interval in self.intervals.items()},
         }
 
@@ -101,3 +101,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def json_number(value: float) -> float | None:
     """Return the number, or `None` for nan, which JSON does not have."""
     return None if math.isnan(value) else float(value)
+
+
+def json_numbers(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Return named numbers, `None` for nan."""
+    return {name: json_number(value) for name, value in figures.items()}

@@ -22,7 +22,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
 
     Communication is by NCCL between GPUs, else by gloo. A group that exists already is used, and left as it is.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or started_with() == 1:
         yield
         return
     dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
@@ -41,6 +41,11 @@ def local_device() -> str | None:
 def started_as() -> int:
     """Return the number that `torchrun` gave this process, in a group or not; 0 without `torchrun`."""
     return int(os.environ.get("RANK", "0"))
+
+
+def started_with() -> int:
+    """Count the processes that `torchrun` started, in a group or not; 1 without `torchrun`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:

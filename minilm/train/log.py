@@ -41,7 +41,7 @@ class RunLog:
             writer.writeheader()
             writer.writerows({name: _shown(value) for name, value in row.items()} for row in kept)
         temporary.replace(self.path)
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.seconds = logged_seconds(kept)
         self._board = _tensorboard(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, figures: Mapping[str, float]) -> None:
@@ -65,6 +65,11 @@ def read_log(path: Path) -> list[dict[str, float]]:
         lines = [line for line in file if line.endswith("\n")]
     rows = csv.DictReader(lines)
     return [{name: float(row[name] or "nan") for name in COLUMNS} for row in rows]
+
+
+def logged_seconds(rows: Sequence[Mapping[str, float]]) -> float:
+    """Return how long a run had taken when it last told, from a log's rows; 0 if it never did."""
+    return max((row["seconds"] for row in rows if not math.isnan(row["seconds"])), default=0.0)
 
 
 def plot_log(path: Path, picture: Path) -> Path:

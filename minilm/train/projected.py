@@ -48,6 +48,12 @@ def load_projected(run: str | os.PathLike[str], **options: Any) -> ProjectedEnco
     return ProjectedEncoder(encoder, read_output_layer(Path(run))["weight"].to(encoder.device))
 
 
+def load_trained(run: str | os.PathLike[str], **options: Any) -> SentenceEncoder | ProjectedEncoder:
+    """Load what a run gave, with its output layer if it has one, from its folder; `options` are `minilm.load`'s."""
+    has_layer = (Path(run) / OUTPUT_LAYER).exists()
+    return load_projected(run, **options) if has_layer else load(Path(run) / "model", **options)
+
+
 def save_output_layer(layer: nn.Linear, run: Path) -> None:
     """Write a map's weight into a run's folder, whole or not at all."""
     temporary = run / f".{OUTPUT_LAYER}"

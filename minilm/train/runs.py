@@ -39,7 +39,7 @@ def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None
         RecipeError, DataError: the recipe or its data can't be used.
         CheckpointError, TrainingError: see `Trainer.run`.
     """
-    device = recipe.model.device or distributed.local_device() or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(recipe.model)
     with distributed.process_group(device):
         mixture, vectors, width = read_mixture(recipe), {}, 0
         if recipe.has_teacher:
@@ -107,6 +107,11 @@ def embed(mixture: Mixture, teacher: Teacher, *, show_progress_bar: bool | None 
     return sum(
         part.embed(texts, show_progress_bar=show_progress_bar) for part in parts if isinstance(part, CachedTeacher)
     )
+
+
+def chosen_device(settings: ModelSettings) -> str:
+    """Return the device that is asked for; else this process's GPU, if there is one."""
+    return settings.device or distributed.local_device() or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_encoder(settings: ModelSettings, device: str) -> SentenceEncoder:

@@ -20,6 +20,31 @@ VERBS = ("eats", "sees", "likes", "finds", "carries")
 OBJECTS = ("bread", "a stone", "the red ball", "a very long green rope", "water")
 TEXTS = [f"{s} {v} {o}" for s in SUBJECTS for v in VERBS for o in OBJECTS]
 WORDS = sorted({word for text in TEXTS for word in text.split()})
+RUN = """
+[model]
+name = "{folder}/start"
+[objective]
+name = "{objective}"
+[data]
+folder = "{folder}"
+batch_size = 6
+on_leak = "{on_leak}"
+[[data.sources]]
+path = "texts.txt"
+columns = {{text = "text"}}
+[teacher]
+names = ["{folder}/teacher"]
+cache = "{folder}/vectors"
+dtype = "float32"
+[evaluation]
+data = "{folder}/sts"
+[training]
+output = "{folder}/run"
+epochs = 2
+learning_rate = 1e-3
+evaluate_every = 3
+log_every = 1
+"""
 
 
 def tiny_encoder(dropout=0.1, seed=0, **encoding):
@@ -111,3 +136,19 @@ def train(tmp_path):
         return trainer, trainer.run()
 
     return run
+
+
+@pytest.fixture
+def prepared(tmp_path, write_sts):
+    """A start, a teacher, training texts and STS data; give a function that writes a recipe for them."""
+    tiny_encoder(dropout=0.0).save(tmp_path / "start")
+    tiny_encoder(dropout=0.0, seed=1).save(tmp_path / "teacher")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:30]) + "\n")
+    write_sts(tmp_path / "sts", TEXTS[30:])
+
+    def write(objective, on_leak="error"):
+        path = tmp_path / f"{objective}.toml"
+        path.write_text(RUN.format(folder=tmp_path, objective=objective, on_leak=on_leak))
+        return path
+
+    return write

@@ -112,55 +112,6 @@ def test_every_objective_has_plain_arguments():
 
 # Whole runs.
 
-RUN = """
-[model]
-name = "{folder}/start"
-[objective]
-name = "{objective}"
-[data]
-folder = "{folder}"
-batch_size = 6
-on_leak = "{on_leak}"
-[[data.sources]]
-path = "texts.txt"
-columns = {{text = "text"}}
-[teacher]
-names = ["{folder}/teacher"]
-cache = "{folder}/vectors"
-dtype = "float32"
-[evaluation]
-data = "{folder}/sts"
-[training]
-output = "{folder}/run"
-epochs = 2
-learning_rate = 1e-3
-evaluate_every = 3
-log_every = 1
-"""
-
-
-@pytest.fixture
-def prepared(tmp_path, tiny_encoder, make_rows, monkeypatch):
-    """A start, a teacher, training texts and STS-B dev; give a function that writes a recipe for them."""
-    monkeypatch.setattr("minilm.train.leaks.TASKS", ("stsb",))
-    tiny_encoder(dropout=0.0).save(tmp_path / "start")
-    tiny_encoder(dropout=0.0, seed=1).save(tmp_path / "teacher")
-    texts = [make_rows().batch([i], 1).texts["query"][0] for i in range(150)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts[:30]) + "\n")
-    (tmp_path / "sts" / "stsb").mkdir(parents=True)
-    dev = "".join(f"{i % 5}\t{texts[i]}\t{texts[i + 3]}\n" for i in range(40, 60))
-    for split in ("dev", "test"):
-        (tmp_path / "sts" / "stsb" / f"{split}.tsv").write_text(dev)
-    (tmp_path / "sts" / "sickr").mkdir()
-    (tmp_path / "sts" / "sickr" / "dev.tsv").write_text(dev)
-
-    def write(objective, on_leak="error"):
-        path = tmp_path / f"{objective}.toml"
-        path.write_text(RUN.format(folder=tmp_path, objective=objective, on_leak=on_leak))
-        return path
-
-    return write
-
 
 @pytest.mark.filterwarnings("ignore::minilm.embed.TruncationWarning")
 def test_distillation_brings_the_student_to_the_teacher(prepared, tmp_path):

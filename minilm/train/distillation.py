@@ -17,10 +17,13 @@ from minilm.train.objectives import Objective, Targets, Texts
 
 
 class MSE(Objective):
-    """W·(the student's vector) is to be the teacher's vector (`losses.mse`)."""
+    """W·(the student's vector) is to be the teacher's vector (`losses.mse`).
+
+    The student's is the vector that the model gives. Of a model that normalises, both are of length 1 then, where a
+    longer one would spend its first hundreds of steps on getting shorter, and lose what it knows.
+    """
 
     columns = ("text",)
-    states = ("unnormalized",)
     targets = ("teacher",)
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
@@ -29,12 +32,13 @@ class MSE(Objective):
 
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply the loss to the projected student and the teacher."""
-        return losses.mse(self.projection(texts["text"]["unnormalized"]), targets["teacher"])
+        return losses.mse(self.projection(texts["text"]["embedding"]), targets["teacher"])
 
 
 class HPD(Objective):
     """Homomorphic projective distillation: W·(the student's vector) is to be the teacher's, reduced by PCA.
 
+    The student's is the vector that the model gives, as in `MSE`.
     The model's output is the reduced vector: `output_layer` is W `[output_width, C]`. A sentence-transformers folder
     carries it as a Dense module without bias and activation; by hand it is `vectors @ W.T`. As in the published code,
     the components are applied to the teacher's vectors without subtracting their mean; unlike there, no tanh follows W.
@@ -48,7 +52,6 @@ class HPD(Objective):
     """
 
     columns = ("text",)
-    states = ("unnormalized",)
     targets = ("teacher",)
     components: Tensor
     output_layer: nn.Linear
@@ -77,7 +80,7 @@ class HPD(Objective):
         if self.components.isnan().any():
             raise ValueError("expected a fitted PCA: call prepare with teacher vectors, or load a state")
         reduced = targets["teacher"] @ self.components.T
-        return losses.mse(self.output_layer(texts["text"]["unnormalized"]), reduced)
+        return losses.mse(self.output_layer(texts["text"]["embedding"]), reduced)
 
 
 class SimilarityDistillation(Objective):

@@ -29,6 +29,7 @@ from minilm.train.objectives import (
     Ranking,
     UnsupervisedSimCSE,
 )
+from minilm.train.states import StatePooler
 
 ROWS, WIDTH, TEACHER_WIDTH, NEGATIVES = 4, 6, 9, 2
 SAMPLE = {"teacher": torch.randn(40, TEACHER_WIDTH, generator=torch.Generator().manual_seed(7))}
@@ -100,9 +101,9 @@ def expected_value(name, objective, texts, targets):
         parts = [losses.info_nce(*(x[..., :width] for x in e.values())) for width in (6, 3)]
         return parts[0] + 0.5 * parts[1]
     if name == "MSE":
-        return (z["text"] @ objective.projection.weight.T - teacher).square().mean()
+        return (e["text"] @ objective.projection.weight.T - teacher).square().mean()
     if name == "HPD":
-        return (z["text"] @ objective.output_layer.weight.T - teacher @ objective.components.T).square().mean()
+        return (e["text"] @ objective.output_layer.weight.T - teacher @ objective.components.T).square().mean()
     if name == "SimilarityDistillation":
         pair = e["text"], teacher
         return losses.similarity_squared_error(*pair) + 0.5 * losses.similarity_kl(*pair, temperature=0.2)
@@ -329,13 +330,28 @@ def test_what_a_batch_lacks_is_named():
     with pytest.raises(ValueError, match=r"Contrastive needs texts\['negatives'\]\['embedding'\]; the batch lacks"):
         objective(texts, targets)
     with pytest.raises(ValueError, match=r"MSE needs targets\['teacher'\]"):
-        MSE(6, 9)({"text": {"unnormalized": torch.ones(2, 6)}}, {})
+        MSE(6, 9)({"text": {"embedding": torch.ones(2, 6)}}, {})
+
+
+@pytest.mark.parametrize("name", ["MSE", "HPD"])
+def test_begins_at_the_teachers_length(name, tiny_encoder):
+    """Of a model that normalises: what it starts with is wrong in direction, not in length."""
+    encoder = tiny_encoder(dropout=0.0)
+    width = encoder.config.hidden_size
+    objective = MSE(width, 2 * width) if name == "MSE" else HPD(width, 2 * width, output_width=width)
+    teacher = F.normalize(torch.randn(4 * width, 2 * width, generator=torch.Generator().manual_seed(0)), dim=1)
+    objective.prepare({"teacher": teacher})
+    pooler = StatePooler(encoder, objective.states)
+    batches, places = pooler.pack(["a man", "the cat", "water", "the dog eats bread"])
+    student = pooler(batches[0])[places, 0]
+    layer = objective.projection if name == "MSE" else objective.output_layer
+    assert torch.allclose(layer(student).norm(dim=1), torch.ones(4), atol=1e-5)
 
 
 def test_misshapen_batches_are_named():
     objective = OBJECTIVES["MSE"]()
     texts, targets = batch_for(objective)
-    with pytest.raises(ValueError, match=r"as many rows of each, .*unnormalized.*\[4, 6\], targets.*\[3, 9\]"):
+    with pytest.raises(ValueError, match=r"as many rows of each, .*embedding.*\[4, 6\], targets.*\[3, 9\]"):
         objective(texts, {"teacher": targets["teacher"][:3]})
     with pytest.raises(ValueError, match="student and teacher of one width, got 9 and 8"):
         objective(texts, {"teacher": targets["teacher"][:, :8]})

@@ -21,7 +21,7 @@ from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights import int8
 from minilm.weights.convert import check_canonical
 from minilm.weights.files import WeightsError, new_folder, read_safetensors, read_text, standalone, write_safetensors
-from minilm.weights.names import OPTIONAL
+from minilm.weights.names import OPTIONAL, OUTPUT_LAYER
 from minilm.weights.vocabulary import check_vocabulary
 
 FORMAT, FORMAT_VERSION = "minilm", "2"
@@ -36,12 +36,12 @@ class Checkpoint:
     Attributes:
         config: the model's sizes and constants.
         encoding: pooling, normalisation, maximum length, prompts and similarity.
-        tensors: the weights by canonical name (see `names`), optional ones included; in the source's dtype, or
-            in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
+        tensors: the weights by canonical name (see `names`), the optional ones and an output layer's included; in the
+            source's dtype, or in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
         tokenizer_json: a complete Hugging Face `tokenizers` JSON, with neither truncation nor padding.
         provenance: `source`, `source_format` (minilm, sentence-transformers, modelscope or bert), `source_sha256`,
             `source_max_seq_length`, `licence` and `converted_with`.
-        calibration: [2, C] float32, each dimension's minimum and maximum over real sentences, for int8 output.
+        calibration: [2, C or D] float32, each dimension's minimum and maximum over real sentences, for int8 output.
         golden: sentences with their expected result: `text`, `ids` and `vector`.
         ignored: names of source tensors that are no part of the model and were left out.
         stored_fingerprint: the fingerprint that a canonical file was saved with.
@@ -63,6 +63,16 @@ class Checkpoint:
     def model_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the model, without the optional ones that only an export needs."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in OPTIONAL}
+
+    @property
+    def optional_tensors(self) -> dict[str, torch.Tensor]:
+        """The others."""
+        return {name: tensor for name, tensor in self.tensors.items() if name in OPTIONAL}
+
+    @property
+    def output_width(self) -> int | None:
+        """D, what width an output layer takes the pooled vectors to; None without such a layer."""
+        return len(self.tensors[OUTPUT_LAYER]) if OUTPUT_LAYER in self.tensors else None
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
@@ -196,8 +206,9 @@ def read_canonical(path: Path) -> Checkpoint:
         calibration, checksum = values["calibration"], values["checksum"]
         config, encoding = MiniLMConfig.from_dict(values["config"]), EncodingConfig.from_dict(values["encoding"])
         limits = None if calibration is None else torch.tensor(calibration, dtype=torch.float32)
-        if limits is not None and limits.shape != (2, config.hidden_size):
-            raise ValueError(f"calibration must be [2, {config.hidden_size}], got {list(limits.shape)}")
+        width = len(stored[OUTPUT_LAYER]) if OUTPUT_LAYER in stored else config.hidden_size
+        if limits is not None and limits.shape != (2, width):
+            raise ValueError(f"calibration must be [2, {width}], got {list(limits.shape)}")
     except (KeyError, ValueError, TypeError) as error:
         raise WeightsError(f"{path} has damaged metadata ({error}). Convert or download it again") from error
     tensors = int8.restore(stored, path) if int8.is_int8(stored) else stored

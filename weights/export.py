@@ -17,7 +17,8 @@ import torch
 from minilm.weights.checkpoint import TOKENIZER_FILE, Checkpoint
 from minilm.weights.convert import check_canonical, config_to_bert, to_bert
 from minilm.weights.files import WeightsError, new_folder, standalone, write_json, write_safetensors
-from minilm.weights.load import MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
+from minilm.weights.load import DENSE_WEIGHT, IDENTITY, MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
+from minilm.weights.names import OUTPUT_LAYER
 from minilm.weights.vocabulary import SPECIAL_TOKENS, bert_settings, vocabulary
 
 logger = logging.getLogger("minilm.weights")
@@ -33,11 +34,13 @@ def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLi
     """
     config, encoding = checkpoint.config, checkpoint.encoding
     mode = _their_pooling(encoding.pooling, ST_POOLINGS, "sentence-transformers")
-    names = ["Transformer", "Pooling", *(["Normalize"] if encoding.normalize else [])]
-    paths = ["", "1_Pooling", "2_Normalize"]
+    layer = checkpoint.tensors.get(OUTPUT_LAYER)
+    wanted = {"Transformer": True, "Pooling": True, "Dense": layer is not None, "Normalize": encoding.normalize}
+    names = [name for name, is_wanted in wanted.items() if is_wanted]
+    paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
     modules = [  # these types are understood by every version from 2 to 6
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for index, (name, path) in enumerate(zip(names, paths, strict=False))
+        for index, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
     switches = {switch: name == mode for switch, name in ST_SWITCHES.items()}
     settings = {
@@ -54,6 +57,8 @@ def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLi
         write_json(temporary / "sentence_bert_config.json", limit)
         (temporary / paths[1]).mkdir()
         write_json(temporary / paths[1] / "config.json", {"word_embedding_dimension": config.hidden_size, **switches})
+        if layer is not None:
+            _write_dense(layer, temporary / paths[2])
         (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
         write_safetensors(temporary / "model.safetensors", _bert_tensors(checkpoint), {"format": "pt"})
     return Path(folder)
@@ -63,10 +68,12 @@ def export_modelscope(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     """Write a folder that ModelScope's sentence-embedding pipeline loads and encodes alike with; return it.
 
     Raises:
-        WeightsError: the pooling, default prompt or tokenizer is one that ModelScope does not have, or the folder is
-            not empty.
+        WeightsError: the pooling, output layer, default prompt or tokenizer is one that ModelScope does not have, or
+            the folder is not empty.
     """
     encoding = checkpoint.encoding
+    if checkpoint.output_width is not None:
+        raise WeightsError("ModelScope has no output layer, and its vectors would be others; nothing was exported")
     pooler = _their_pooling(encoding.pooling, MODELSCOPE_POOLINGS, "ModelScope")
     if encoding.pooling == "avg_first_last" and encoding.first_hidden_state != "first_layer":
         raise WeightsError(
@@ -114,6 +121,15 @@ def _bert_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype that most of the model's values are stored in."""
     return checkpoint.tensors["embeddings.word.weight"].dtype
+
+
+def _write_dense(layer: torch.Tensor, folder: Path) -> None:
+    """Write an output layer `[D, C]` as sentence-transformers' Dense module."""
+    width, inputs = layer.shape
+    folder.mkdir()
+    settings = {"in_features": inputs, "out_features": width, "bias": False, "activation_function": IDENTITY}
+    write_json(folder / "config.json", settings)
+    write_safetensors(folder / "model.safetensors", {DENSE_WEIGHT: layer}, {"format": "pt"})
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:

@@ -32,8 +32,8 @@ class Objective(nn.Module):
             `unnormalized` (the same, never normalised), `layer.0` (mean of the embeddings' output) to `layer.6`.
         targets: what else of a row it needs: `score` (`[n]`), `teacher` (the teacher's vector of the text, `[n, D]`).
         views: how often each text is encoded, each time with dropout of its own.
-        output_layer: a linear map from the `unnormalized` state to the vector that the trained model is to give, which
-            evaluation has to apply and an export to carry; None where that vector is the encoder's own.
+        output_layer: a linear map from the `unnormalized` state to the vector that the trained model is to give: it
+            becomes the model's output layer. None where that vector is the encoder's own.
     """
 
     columns: tuple[str, ...]

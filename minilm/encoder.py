@@ -46,7 +46,7 @@ def load(
     """Load a model, fetching its weights first if need be.
 
     Args:
-        name_or_path: a folder, or a name on the Hugging Face or ModelScope hub; all-MiniLM-L6-v2 by default.
+        name_or_path: a folder, or a name: one that comes with minilm, or on a hub; all-MiniLM-L6-v2 by default.
         device: `cuda` where there is one, else `cpu`, by default.
         dtype: what the model computes in, by default float16 on a GPU and float32 elsewhere; vectors are float32.
         max_seq_length: tokens kept of a text, special tokens included; the folder's own setting (128) by default.
@@ -54,7 +54,7 @@ def load(
         normalize: whether vectors get length 1; the folder's own setting by default.
         first_hidden_state: see `EncodingConfig`; the folder's own setting by default.
         backend: who computes the operations; see `minilm.kernels.backend.make_backend`. By default the fastest that is
-            exact; on a CPU, for a folder of 8-bit weights, `int8`.
+            exact; on a CPU, for a folder of 8-bit weights, `int8`: its products are in 8 bits whatever the dtype.
 
     Raises:
         BackendError: the backend asked for can't be found, or can't run there.

@@ -40,7 +40,7 @@ class Checkpoint:
             source's dtype, or in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
         tokenizer_json: a complete Hugging Face `tokenizers` JSON, with neither truncation nor padding.
         provenance: `source`, `source_format` (minilm, sentence-transformers, modelscope or bert), `source_sha256`,
-            `source_max_seq_length`, `licence` and `converted_with`.
+            `source_max_seq_length`, `licence` and `converted_with`; of a trained model, those of its start.
         calibration: [2, C or D] float32, each dimension's minimum and maximum over real sentences, for int8 output.
         golden: sentences with their expected result: `text`, `ids` and `vector`.
         ignored: names of source tensors that are no part of the model and were left out.

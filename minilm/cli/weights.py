@@ -16,7 +16,7 @@ examples:
   minilm weights inspect my-model/ --tensors
   minilm weights verify my-model/
 """
-SOURCE = "a folder (minilm, sentence-transformers, ModelScope or BERT), or a name on a hub"
+SOURCE = "a folder (minilm, sentence-transformers, ModelScope or BERT), or a name, as for --model of other commands"
 
 
 def add_commands(commands: Commands[Parser]) -> None:
@@ -107,6 +107,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     tensors = checkpoint.tensors
     report = {
         "folder": str(locate(arguments.source)),
+        "dimensions": checkpoint.output_width or checkpoint.config.hidden_size,
         "fingerprint": fingerprint(checkpoint),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.stored.values()}),

@@ -306,7 +306,12 @@ class Trainer:
         training["step"] = self._step
         with self._as_written():  # the checkpoint shares its memory with the model
             checkpoint = self.encoder.to_checkpoint()
-            provenance = {**checkpoint.provenance, "training": training}
+            start = checkpoint.provenance
+            provenance = {
+                **start,
+                "source": f"trained from {start.get('source', 'unknown weights')}",
+                "training": training,
+            }
             replace(checkpoint, provenance=provenance).save(self.settings.folder / name)
 
     def _finish(self) -> TrainingResult:

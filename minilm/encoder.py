@@ -355,12 +355,12 @@ class SentenceEncoder:
     def to_checkpoint(self) -> Checkpoint:
         """Return weights (in float32), tokenizer and settings as they are now, to save, export or fingerprint.
 
-        Golden results and calibration are left out if they belong to another state than this.
+        Golden results, calibration and model card are left out if they belong to another state than this.
         """
         now = self._current()
         if fingerprint(now) == self.checkpoint.stored_fingerprint:
             return now
-        return replace(now, golden=None, calibration=None, stored_fingerprint=None, int8=None)
+        return now.with_weights(now.tensors)
 
     @threads.fork_safe
     def fingerprint(self) -> str:

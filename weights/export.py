@@ -6,7 +6,6 @@ vectors different from ours, is an error; nothing is half written, and no folder
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from minilm.weights.checkpoint import TOKENIZER_FILE, Checkpoint
+from minilm.weights.card import model_card
+from minilm.weights.checkpoint import CARD_FILE, TOKENIZER_FILE, Checkpoint
 from minilm.weights.convert import check_canonical, config_to_bert, to_bert
 from minilm.weights.files import WeightsError, new_folder, standalone, write_json, write_safetensors
 from minilm.weights.load import DENSE_WEIGHT, IDENTITY, MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
@@ -28,6 +28,8 @@ _TOKENS = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_to
 
 def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
     """Write a folder that `sentence_transformers.SentenceTransformer` loads and encodes alike with; return it.
+
+    Its README.md is the checkpoint's model card, or one of what the checkpoint tells.
 
     Raises:
         WeightsError: the pooling is one that sentence-transformers does not have, or the folder is not empty.
@@ -59,7 +61,7 @@ def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLi
         write_json(temporary / paths[1] / "config.json", {"word_embedding_dimension": config.hidden_size, **switches})
         if layer is not None:
             _write_dense(layer, temporary / paths[2])
-        (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(checkpoint.card or model_card(checkpoint), encoding="utf-8")
         write_safetensors(temporary / "model.safetensors", _bert_tensors(checkpoint), {"format": "pt"})
     return Path(folder)
 
@@ -143,13 +145,3 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
     limit = {"model_max_length": checkpoint.encoding.max_seq_length}
     write_json(folder / "tokenizer_config.json", settings | _TOKENS | limit)
-
-
-def _model_card(checkpoint: Checkpoint) -> str:
-    """Return a README.md that says where the weights came from and under which licence."""
-    facts = checkpoint.provenance
-    licence = facts.get("licence", "unknown")
-    front = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    front += [] if licence == "unknown" else [f"license: {licence.lower()}"]
-    origin = json.dumps({key: facts[key] for key in sorted(facts)}, indent=2)
-    return "\n".join(["---", *front, "---", "", "Exported by minilm from:", "", "```json", origin, "```", ""])

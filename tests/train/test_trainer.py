@@ -166,6 +166,7 @@ def test_it_learns(train, make_rows):
     texts = next(iter(make_rows())).texts["text"]
     np.testing.assert_array_equal(loaded.encode(texts), trainer.encoder.encode(texts))
     assert loaded.checkpoint.provenance["training"]["step"] == 150
+    assert loaded.checkpoint.provenance["source"] == "trained from unknown weights"
 
 
 def test_one_step_equals_torchs_own(tiny_encoder, make_rows, train):

@@ -147,6 +147,7 @@ def test_every_shipped_model_is_what_was_saved():
         assert fingerprint(model) == model.stored_fingerprint, name
         assert model.golden, f"{name} has no vectors to verify it by"
         assert model.provenance["licence"] != "unknown", name
+        assert fingerprint(model) in (model.card or ""), f"{name} has no card, or another model's"
 
 
 def test_the_wheel_becomes_a_canonical_folder(sources, wheel, truth):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ def compress(checkpoint: Checkpoint) -> Checkpoint:
         elif isinstance(module, nn.Embedding):
             stored |= _rounded(name, module.weight)
     tensors = int8.restore(stored, "the weights to compress")
-    return replace(checkpoint, tensors=tensors, golden=None, calibration=None, stored_fingerprint=None, int8=stored)
+    return checkpoint.with_weights(tensors, stored)
 
 
 def _rounded(name: str, weight: Tensor, linear: Linear | None = None) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ class Embedder:
         return self.model.embeddings.word.weight.device
 
     def vectors(self, texts: Sequence[Text], first_index: int = 0) -> Tensor:
-        """Return each text's vector, float32 `[n, C]` (or `truncate_dim` wide); equal texts are computed once.
+        """Return each text's vector, float32 `[n, C]` (D or `truncate_dim` wide); equal texts are computed once.
 
         Args:
             texts: checked texts.
@@ -99,7 +99,7 @@ class Embedder:
         for index, text in enumerate(texts, first_index):
             first_seen.setdefault(text, index)
         copies = Counter(texts) if len(first_seen) < len(texts) else None
-        width = self.options.truncate_dim or self.model.config.hidden_size
+        width = self.options.truncate_dim or self.model.vector_size
         vectors = torch.empty(len(first_seen), width, dtype=torch.float32, device=self.device)
         done = 0
         with progress_bar(self.options.show_progress_bar, len(first_seen), "encode", "text") as advance:
@@ -185,7 +185,7 @@ class Embedder:
         pieces = list(chain.from_iterable(fitted))
         one_piece_each = len(pieces) == len(fitted)
         normalize = self.encoding.normalize and one_piece_each
-        pooled = vectors if one_piece_each else vectors.new_empty(len(pieces), self.model.config.hidden_size)
+        pooled = vectors if one_piece_each else vectors.new_empty(len(pieces), self.model.vector_size)
 
         def place(indices: list[int]) -> None:
             batch = self._pack([pieces[i] for i in indices])
@@ -235,10 +235,17 @@ class Embedder:
 
 
 def pooled_vectors(model: MiniLM, batch: PackedBatch, encoding: EncodingConfig, normalize: bool) -> Tensor:
-    """Return the vectors of a packed batch, `[B, C]`, pooled as `encoding` says, scaled to length 1 if `normalize`."""
+    """Return the vectors of a packed batch, `[B, C]`, pooled as `encoding` says, scaled to length 1 if `normalize`.
+
+    Where the model has an output layer W, they are W·(what was pooled), `[B, D]`, scaled after that.
+    """
     output = model(batch, hidden_states=encoding.pooling in ("avg_top2", "avg_first_last"))
-    states = output.hidden_states or (output.last_hidden_state,)
-    return model.backend.pool(states, batch, encoding.pooling, encoding.first_hidden_index, normalize)
+    states, first = output.hidden_states or (output.last_hidden_state,), encoding.first_hidden_index
+    if model.output_layer is None:
+        return model.backend.pool(states, batch, encoding.pooling, first, normalize)
+    pooled = model.backend.pool(states, batch, encoding.pooling, first)  # float32 at least
+    vectors = F.linear(pooled, model.output_layer.weight.to(pooled.dtype))
+    return F.normalize(vectors, dim=-1) if normalize else vectors
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -46,7 +46,7 @@ def load(
     """Load a model, fetching its weights first if need be.
 
     Args:
-        name_or_path: a folder, or a name on the Hugging Face or ModelScope hub; all-MiniLM-L6-v2 by default.
+        name_or_path: a folder, or a name: one that comes with minilm, or on a hub; all-MiniLM-L6-v2 by default.
         device: `cuda` where there is one, else `cpu`, by default.
         dtype: what the model computes in, by default float16 on a GPU and float32 elsewhere; vectors are float32.
         max_seq_length: tokens kept of a text, special tokens included; the folder's own setting (128) by default.
@@ -54,7 +54,7 @@ def load(
         normalize: whether vectors get length 1; the folder's own setting by default.
         first_hidden_state: see `EncodingConfig`; the folder's own setting by default.
         backend: who computes the operations; see `minilm.kernels.backend.make_backend`. By default the fastest that is
-            exact; on a CPU, for a folder of 8-bit weights, `int8`.
+            exact; on a CPU, for a folder of 8-bit weights, `int8`: its products are in 8 bits whatever the dtype.
 
     Raises:
         BackendError: the backend asked for can't be found, or can't run there.
@@ -99,7 +99,7 @@ class SentenceEncoder:
 
     def __init__(self, checkpoint: Checkpoint, backend: BackendChoice = "auto") -> None:
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the checkpoint
-            self.model = MiniLM(checkpoint.config, backend)
+            self.model = MiniLM(checkpoint.config, backend, checkpoint.output_width)
         self.model.load_state_dict({k: v.float() for k, v in checkpoint.model_tensors.items()}, assign=True)
         self.model.requires_grad_(True).eval()
         set_input_ranges(self.model, checkpoint.input_ranges)
@@ -308,8 +308,8 @@ class SentenceEncoder:
         self.encoding = encoding
 
     def get_embedding_dimension(self) -> int:
-        """C, the width of a vector."""
-        return self.config.hidden_size
+        """The width of a vector: C, or what the model's output layer makes of it."""
+        return self.model.vector_size
 
     get_sentence_embedding_dimension = get_embedding_dimension
 
@@ -355,12 +355,12 @@ class SentenceEncoder:
     def to_checkpoint(self) -> Checkpoint:
         """Return weights (in float32), tokenizer and settings as they are now, to save, export or fingerprint.
 
-        Golden results and calibration are left out if they belong to another state than this.
+        Golden results, calibration and model card are left out if they belong to another state than this.
         """
         now = self._current()
         if fingerprint(now) == self.checkpoint.stored_fingerprint:
             return now
-        return replace(now, golden=None, calibration=None, stored_fingerprint=None, int8=None)
+        return now.with_weights(now.tensors)
 
     @threads.fork_safe
     def fingerprint(self) -> str:
@@ -377,14 +377,14 @@ class SentenceEncoder:
     def _current(self) -> Checkpoint:
         """Return the checkpoint with the weights and settings of now; its results may be those of another state."""
         tensors = {name: tensor.detach().float().cpu() for name, tensor in self.model.state_dict().items()}
-        return replace(self.checkpoint, tensors={**self.checkpoint.tensors, **tensors}, encoding=self.encoding)
+        return replace(self.checkpoint, tensors={**self.checkpoint.optional_tensors, **tensors}, encoding=self.encoding)
 
     def _embedder(self, prompt: str | None = None, prompt_name: str | None = None, **options: Any) -> Embedder:
         """Check a call's options and put them together with the model."""
         prompt = check_text(self.encoding.prompt(prompt, prompt_name), "prompt")
         chosen = EncodeOptions(prompt, **options)
-        if chosen.truncate_dim is not None and chosen.truncate_dim > self.config.hidden_size:
-            raise ValueError(f"truncate_dim must be at most {self.config.hidden_size}, got {chosen.truncate_dim}")
+        if chosen.truncate_dim is not None and chosen.truncate_dim > self.model.vector_size:
+            raise ValueError(f"truncate_dim must be at most {self.model.vector_size}, got {chosen.truncate_dim}")
         return Embedder(self.model, self.tokenizer, self.encoding, chosen)
 
     def _quantized(self, vectors: Tensor, options: EncodeOptions) -> Tensor:

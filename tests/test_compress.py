@@ -34,6 +34,13 @@ def test_it_is_computed_with_in_8_bits_by_default(folder, compressed):
     assert minilm.load(folder, device="cpu", backend="packed").model.backend.name == "packed"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_its_products_are_in_8_bits_whatever_the_dtype(folder, compressed, own_sentences, dtype):
+    loaded = minilm.load(folder, device="cpu", dtype=dtype)
+    assert loaded.model.backend.name == "int8"
+    assert cosines(loaded.encode(own_sentences), compressed.encode(own_sentences)).min() > 0.99
+
+
 def test_vectors_on_our_own_sentences(compressed, encoder, own_sentences):
     found = cosines(compressed.encode(own_sentences), encoder.encode(own_sentences))
     print(f"cosine to float32: {found.min():.4f} at least, {found.mean():.5f} on average")

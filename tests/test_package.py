@@ -8,6 +8,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
+
+import minilm
+from minilm.weights.checkpoint import Checkpoint, fingerprint
 
 ROOT = Path(__file__).parents[1]
 BUILD_SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
@@ -22,13 +29,25 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def tiny_model() -> Checkpoint:
+    """Make a small random model that is to come with the package."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    tokenizer = Tokenizer(WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    config = minilm.MiniLMConfig(len(words), 16, 1, 2, 8)
+    return Checkpoint(config, minilm.EncodingConfig(), minilm.MiniLM(config).state_dict(), tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, tiny_model) -> Path:
     """Build the sdist from a copy of the sources (a build leaves files behind), and the wheel from the sdist."""
     folder = tmp_path_factory.mktemp("build")
     for name in ("minilm", "kernels", "weights"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
+    tiny_model.save(folder / "source" / "weights" / "models" / "tiny")
     run(sys.executable, "-c", BUILD_SDIST, folder, cwd=folder / "source")
     (sdist,) = folder.glob("minilm-*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -81,6 +100,12 @@ def test_every_source_file_is_installed(environment):
 def test_the_wheel_encodes(environment):
     code = "import minilm; print(minilm.load().encode('The cat sits outside.').shape)"
     assert run(environment / "bin" / "python", "-c", code, cwd=environment).splitlines()[-1] == "(384,)"
+
+
+def test_the_wheel_brings_models(environment, tiny_model):
+    code = "import minilm; print(minilm.load('tiny').fingerprint(), minilm.load('tiny').encode('the cat').shape)"
+    printed = run(environment / "bin" / "python", "-c", code, cwd=environment).splitlines()[-1]
+    assert printed == f"{fingerprint(tiny_model)} (16,)"
 
 
 def test_console_script(environment):

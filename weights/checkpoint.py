@@ -1,8 +1,8 @@
 """The canonical form of a model's weights: `Checkpoint`, the folder it is stored in, and its fingerprint.
 
-A canonical folder is `model.safetensors` and `tokenizer.json`, and needs nothing else. The safetensors metadata holds
-the model's and the encoding's configuration, where the weights came from, and the fingerprint of all that decides a
-sentence vector, which shows an altered bit that the file format cannot see.
+A canonical folder is `model.safetensors` and `tokenizer.json`, and needs nothing else; beside them may be a model card,
+`README.md`. The safetensors metadata holds the model's and the encoding's configuration, where the weights came from,
+and the fingerprint of all that decides a sentence vector, which shows an altered bit that the file format cannot see.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights import int8
 from minilm.weights.convert import check_canonical
 from minilm.weights.files import WeightsError, new_folder, read_safetensors, read_text, standalone, write_safetensors
-from minilm.weights.names import OPTIONAL
+from minilm.weights.names import OPTIONAL, OUTPUT_LAYER
 from minilm.weights.vocabulary import check_vocabulary
 
 FORMAT, FORMAT_VERSION = "minilm", "2"
-WEIGHTS_FILE, TOKENIZER_FILE = "model.safetensors", "tokenizer.json"
+WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE = "model.safetensors", "tokenizer.json", "README.md"
 METADATA = ("config", "encoding", "provenance", "calibration", "golden", "fingerprint", "checksum")
 
 
@@ -36,16 +36,17 @@ class Checkpoint:
     Attributes:
         config: the model's sizes and constants.
         encoding: pooling, normalisation, maximum length, prompts and similarity.
-        tensors: the weights by canonical name (see `names`), optional ones included; in the source's dtype, or
-            in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
+        tensors: the weights by canonical name (see `names`), the optional ones and an output layer's included; in the
+            source's dtype, or in float32 where they come from an encoder (`SentenceEncoder.to_checkpoint`).
         tokenizer_json: a complete Hugging Face `tokenizers` JSON, with neither truncation nor padding.
         provenance: `source`, `source_format` (minilm, sentence-transformers, modelscope or bert), `source_sha256`,
-            `source_max_seq_length`, `licence` and `converted_with`.
-        calibration: [2, C] float32, each dimension's minimum and maximum over real sentences, for int8 output.
+            `source_max_seq_length`, `licence` and `converted_with`; of a trained model, those of its start.
+        calibration: [2, C or D] float32, each dimension's minimum and maximum over real sentences, for int8 output.
         golden: sentences with their expected result: `text`, `ids` and `vector`.
         ignored: names of source tensors that are no part of the model and were left out.
         stored_fingerprint: the fingerprint that a canonical file was saved with.
         int8: the 8-bit form (see `minilm.weights.int8`) that the weights were restored from, and are saved in.
+        card: the model card of a canonical folder, in Markdown.
     """
 
     config: MiniLMConfig
@@ -58,11 +59,22 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     stored_fingerprint: str | None = None
     int8: dict[str, torch.Tensor] | None = None
+    card: str | None = None
 
     @property
     def model_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the model, without the optional ones that only an export needs."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in OPTIONAL}
+
+    @property
+    def optional_tensors(self) -> dict[str, torch.Tensor]:
+        """The others."""
+        return {name: tensor for name, tensor in self.tensors.items() if name in OPTIONAL}
+
+    @property
+    def output_width(self) -> int | None:
+        """D, what width an output layer takes the pooled vectors to; None without such a layer."""
+        return len(self.tensors[OUTPUT_LAYER]) if OUTPUT_LAYER in self.tensors else None
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
@@ -75,20 +87,27 @@ class Checkpoint:
         return int8.input_ranges(self.int8 or {})
 
     def with_encoding(self, **changes: Any) -> Checkpoint:
-        """Return the checkpoint with other settings (fields of `EncodingConfig`), without what was computed with these.
+        """Return the checkpoint with other settings (fields of `EncodingConfig`), without what was told of these.
 
         Raises:
             ValueError: a setting out of range.
         """
         if not changes:
             return self
-        changed = replace(self, encoding=replace(self.encoding, **changes), stored_fingerprint=None)
+        changed = replace(self, encoding=replace(self.encoding, **changes), stored_fingerprint=None, card=None)
         return changed if changes.keys() == {"max_seq_length"} else replace(changed, golden=None, calibration=None)
 
     def with_dtype(self, dtype: torch.dtype) -> Checkpoint:
-        """Return the checkpoint with its weights rounded to `dtype`, without what was computed with the others."""
+        """Return the checkpoint with its weights rounded to `dtype`, without what was told of the others."""
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
-        return replace(self, tensors=tensors, golden=None, calibration=None, stored_fingerprint=None, int8=None)
+        return self.with_weights(tensors)
+
+    def with_weights(
+        self, tensors: dict[str, torch.Tensor], int8_form: dict[str, torch.Tensor] | None = None
+    ) -> Checkpoint:
+        """Return the checkpoint with other weights (`tensors`, and `int8` if any), without what was told of these."""
+        untold: dict[str, Any] = {"golden": None, "calibration": None, "stored_fingerprint": None, "card": None}
+        return replace(self, tensors=tensors, int8=int8_form, **untold)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the canonical folder, whole or not at all, and return it.
@@ -100,6 +119,8 @@ class Checkpoint:
         check_canonical(self.tensors, self.config, "the checkpoint to save")
         with new_folder(target, replaces=_replaceable_files(target)) as temporary:
             (temporary / TOKENIZER_FILE).write_text(self.tokenizer_json, encoding="utf-8")
+            if self.card is not None:
+                (temporary / CARD_FILE).write_text(self.card, encoding="utf-8")
             write_safetensors(temporary / WEIGHTS_FILE, self.stored, self._metadata())
         return target
 
@@ -168,7 +189,7 @@ _CHECKSUMS = {"1": _checksum_of_version_1, FORMAT_VERSION: _checksum}
 def _replaceable_files(folder: Path) -> frozenset[str]:
     """Return the names of the files that may be replaced in a folder: those of a canonical one, else none."""
     try:
-        return frozenset({WEIGHTS_FILE, TOKENIZER_FILE} if is_canonical(folder / WEIGHTS_FILE) else ())
+        return frozenset({WEIGHTS_FILE, TOKENIZER_FILE, CARD_FILE} if is_canonical(folder / WEIGHTS_FILE) else ())
     except WeightsError:
         return frozenset()
 
@@ -196,8 +217,9 @@ def read_canonical(path: Path) -> Checkpoint:
         calibration, checksum = values["calibration"], values["checksum"]
         config, encoding = MiniLMConfig.from_dict(values["config"]), EncodingConfig.from_dict(values["encoding"])
         limits = None if calibration is None else torch.tensor(calibration, dtype=torch.float32)
-        if limits is not None and limits.shape != (2, config.hidden_size):
-            raise ValueError(f"calibration must be [2, {config.hidden_size}], got {list(limits.shape)}")
+        width = len(stored[OUTPUT_LAYER]) if OUTPUT_LAYER in stored else config.hidden_size
+        if limits is not None and limits.shape != (2, width):
+            raise ValueError(f"calibration must be [2, {width}], got {list(limits.shape)}")
     except (KeyError, ValueError, TypeError) as error:
         raise WeightsError(f"{path} has damaged metadata ({error}). Convert or download it again") from error
     tensors = int8.restore(stored, path) if int8.is_int8(stored) else stored
@@ -216,4 +238,10 @@ def read_canonical(path: Path) -> Checkpoint:
         values["golden"],
         stored_fingerprint=str(values["fingerprint"]),
         int8=None if tensors is stored else stored,
+        card=_read_card(path.with_name(CARD_FILE)),
     )
+
+
+def _read_card(path: Path) -> str | None:
+    """Return a model card, if there is one."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

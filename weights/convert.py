@@ -11,7 +11,7 @@ import torch
 
 from minilm.config import MiniLMConfig
 from minilm.weights.files import WeightsError
-from minilm.weights.names import OPTIONAL, POSITION_IDS, is_leftover, plain_name, tensor_names
+from minilm.weights.names import OPTIONAL, OUTPUT_LAYER, POSITION_IDS, is_leftover, plain_name, tensor_names
 
 logger = logging.getLogger("minilm.weights")
 
@@ -111,7 +111,10 @@ def to_bert(tensors: Mapping[str, torch.Tensor], config: MiniLMConfig) -> Tensor
 
 def check_canonical(tensors: Mapping[str, torch.Tensor], config: MiniLMConfig, where: Path | str) -> None:
     """Raise `WeightsError`, listing everything wrong, unless these are the canonical tensors of such a model."""
-    _check(tensors, {row.ours: row.shape for row in tensor_names(config)}, OPTIONAL, where)
+    expected = {row.ours: row.shape for row in tensor_names(config)}
+    if OUTPUT_LAYER in tensors:  # of any width
+        expected[OUTPUT_LAYER] = (*tensors[OUTPUT_LAYER].shape[:1], config.hidden_size)
+    _check(tensors, expected, OPTIONAL, where)
 
 
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:

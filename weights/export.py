@@ -6,7 +6,6 @@ vectors different from ours, is an error; nothing is half written, and no folder
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import Any
 
 import torch
 
-from minilm.weights.checkpoint import TOKENIZER_FILE, Checkpoint
+from minilm.weights.card import model_card
+from minilm.weights.checkpoint import CARD_FILE, TOKENIZER_FILE, Checkpoint
 from minilm.weights.convert import check_canonical, config_to_bert, to_bert
 from minilm.weights.files import WeightsError, new_folder, standalone, write_json, write_safetensors
-from minilm.weights.load import MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
+from minilm.weights.load import DENSE_WEIGHT, IDENTITY, MODELSCOPE_POOLINGS, ST_POOLINGS, ST_SWITCHES
+from minilm.weights.names import OUTPUT_LAYER
 from minilm.weights.vocabulary import SPECIAL_TOKENS, bert_settings, vocabulary
 
 logger = logging.getLogger("minilm.weights")
@@ -28,16 +29,20 @@ _TOKENS = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_to
 def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Path:
     """Write a folder that `sentence_transformers.SentenceTransformer` loads and encodes alike with; return it.
 
+    Its README.md is the checkpoint's model card, or one of what the checkpoint tells.
+
     Raises:
         WeightsError: the pooling is one that sentence-transformers does not have, or the folder is not empty.
     """
     config, encoding = checkpoint.config, checkpoint.encoding
     mode = _their_pooling(encoding.pooling, ST_POOLINGS, "sentence-transformers")
-    names = ["Transformer", "Pooling", *(["Normalize"] if encoding.normalize else [])]
-    paths = ["", "1_Pooling", "2_Normalize"]
+    layer = checkpoint.tensors.get(OUTPUT_LAYER)
+    wanted = {"Transformer": True, "Pooling": True, "Dense": layer is not None, "Normalize": encoding.normalize}
+    names = [name for name, is_wanted in wanted.items() if is_wanted]
+    paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
     modules = [  # these types are understood by every version from 2 to 6
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for index, (name, path) in enumerate(zip(names, paths, strict=False))
+        for index, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
     switches = {switch: name == mode for switch, name in ST_SWITCHES.items()}
     settings = {
@@ -54,7 +59,9 @@ def export_sentence_transformers(checkpoint: Checkpoint, folder: str | os.PathLi
         write_json(temporary / "sentence_bert_config.json", limit)
         (temporary / paths[1]).mkdir()
         write_json(temporary / paths[1] / "config.json", {"word_embedding_dimension": config.hidden_size, **switches})
-        (temporary / "README.md").write_text(_model_card(checkpoint), encoding="utf-8")
+        if layer is not None:
+            _write_dense(layer, temporary / paths[2])
+        (temporary / CARD_FILE).write_text(checkpoint.card or model_card(checkpoint), encoding="utf-8")
         write_safetensors(temporary / "model.safetensors", _bert_tensors(checkpoint), {"format": "pt"})
     return Path(folder)
 
@@ -63,10 +70,12 @@ def export_modelscope(checkpoint: Checkpoint, folder: str | os.PathLike[str]) ->
     """Write a folder that ModelScope's sentence-embedding pipeline loads and encodes alike with; return it.
 
     Raises:
-        WeightsError: the pooling, default prompt or tokenizer is one that ModelScope does not have, or the folder is
-            not empty.
+        WeightsError: the pooling, output layer, default prompt or tokenizer is one that ModelScope does not have, or
+            the folder is not empty.
     """
     encoding = checkpoint.encoding
+    if checkpoint.output_width is not None:
+        raise WeightsError("ModelScope has no output layer, and its vectors would be others; nothing was exported")
     pooler = _their_pooling(encoding.pooling, MODELSCOPE_POOLINGS, "ModelScope")
     if encoding.pooling == "avg_first_last" and encoding.first_hidden_state != "first_layer":
         raise WeightsError(
@@ -116,6 +125,15 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     return checkpoint.tensors["embeddings.word.weight"].dtype
 
 
+def _write_dense(layer: torch.Tensor, folder: Path) -> None:
+    """Write an output layer `[D, C]` as sentence-transformers' Dense module."""
+    width, inputs = layer.shape
+    folder.mkdir()
+    settings = {"in_features": inputs, "out_features": width, "bias": False, "activation_function": IDENTITY}
+    write_json(folder / "config.json", settings)
+    write_safetensors(folder / "model.safetensors", {DENSE_WEIGHT: layer}, {"format": "pt"})
+
+
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and, if it is BERT's kind of tokenizer, vocab.txt."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -127,13 +145,3 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
     limit = {"model_max_length": checkpoint.encoding.max_seq_length}
     write_json(folder / "tokenizer_config.json", settings | _TOKENS | limit)
-
-
-def _model_card(checkpoint: Checkpoint) -> str:
-    """Return a README.md that says where the weights came from and under which licence."""
-    facts = checkpoint.provenance
-    licence = facts.get("licence", "unknown")
-    front = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    front += [] if licence == "unknown" else [f"license: {licence.lower()}"]
-    origin = json.dumps({key: facts[key] for key in sorted(facts)}, indent=2)
-    return "\n".join(["---", *front, "---", "", "Exported by minilm from:", "", "```json", origin, "```", ""])

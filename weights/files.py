@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
 import pickle
 import re
 import shutil
+import sys
 import uuid
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +69,24 @@ def read_object(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise WeightsError(f"{path} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def parse_toml(text: str, where: object) -> dict[str, Any]:
+    """Return what a TOML text says: by the standard library since Python 3.11, by tomli before that.
+
+    Raises:
+        WeightsError: it is not TOML.
+        ImportError: tomli is needed and not installed.
+    """
+    try:
+        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError as error:
+        raise ImportError('TOML needs tomli on Python 3.10: pip install "minilm[train]"') from error
+    try:
+        values: dict[str, Any] = parser.loads(text)
+    except parser.TOMLDecodeError as error:
+        raise WeightsError(f"{where} is not TOML: {error}") from error
     return values
 
 

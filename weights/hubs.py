@@ -17,6 +17,8 @@ from minilm.weights.files import WEIGHTS_FILES, read_json
 _HUGGING_FACE_PATIENCE = 8.0
 _MODELSCOPE_PATIENCE = 10.0  # to import modelscope takes longer
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+_CONFIG = ("config.json",)
+_MODULE_FILES = {"Pooling": (_CONFIG,), "Dense": (_CONFIG, WEIGHTS_FILES)}  # of each tuple, one must be there
 
 _CHILD = """
 import sys
@@ -29,7 +31,7 @@ import contextlib, pathlib
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.utils import EntryNotFoundError
 cache, name = sys.argv[1:]
-patterns = ["*.json", "*.txt", "model.safetensors"]
+patterns = ["*.json", "*.txt", "model.safetensors", "*_Dense/*"]
 folder = pathlib.Path(snapshot_download(name, cache_dir=cache, allow_patterns=patterns))
 if not (folder / "model.safetensors").exists():
     snapshot_download(name, cache_dir=cache, allow_patterns=["pytorch_model.bin"])
@@ -76,7 +78,7 @@ def find_in_hugging_face_cache(name: str) -> Path:
     missing = [] if cached["modules.json"] is not None else ["modules.json"]
     if isinstance(cached["modules.json"], str):
         missing += ["sentence_bert_config.json"] if cached["sentence_bert_config.json"] is None else []
-        missing += _missing_pooling(folder)
+        missing += _missing_of_modules(folder)
     if not any(isinstance(cached[file], str) for file in _TOKENIZER_FILES):
         missing.append(" or ".join(_TOKENIZER_FILES))
     if missing:
@@ -84,14 +86,16 @@ def find_in_hugging_face_cache(name: str) -> Path:
     return folder
 
 
-def _missing_pooling(folder: Path) -> list[str]:
-    """Return the configurations of Pooling modules that a sentence-transformers folder names but lacks."""
+def _missing_of_modules(folder: Path) -> list[str]:
+    """Return the files of Pooling and Dense modules that a sentence-transformers folder names but lacks."""
     modules = read_json(folder / "modules.json")
     try:
-        files = [f"{module['path']}/config.json" for module in modules if module["type"].endswith("Pooling")]
+        kinds = [(folder / module["path"], module["type"].rpartition(".")[2]) for module in modules]
     except (TypeError, KeyError, AttributeError) as error:
         raise SourceError(f"{folder / 'modules.json'} is not a list of modules ({error!r})") from error
-    return [file for file in files if not (folder / file).is_file()]
+    places = [(path, files) for path, kind in kinds for files in _MODULE_FILES.get(kind, ())]
+    missing = [path / files[0] for path, files in places if not any((path / file).is_file() for file in files)]
+    return [path.relative_to(folder).as_posix() for path in missing]
 
 
 def download_from_hugging_face(name: str) -> Path:

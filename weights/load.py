@@ -12,9 +12,10 @@ from typing import Any
 
 from minilm.config import EncodingConfig, MiniLMConfig
 from minilm.weights.checkpoint import WEIGHTS_FILE, Checkpoint, is_canonical, read_canonical
-from minilm.weights.convert import config_from_bert, from_bert
+from minilm.weights.convert import Tensors, check_canonical, config_from_bert, from_bert
 from minilm.weights.files import WeightsError, find_weights, read_json, read_object, read_tensors, sha256
 from minilm.weights.known import is_default_model, known_results
+from minilm.weights.names import OUTPUT_LAYER
 from minilm.weights.vocabulary import check_vocabulary, read_tokenizer
 
 logger = logging.getLogger("minilm.weights")
@@ -29,6 +30,8 @@ ST_SWITCHES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+# sentence-transformers' Dense module that is an output layer: its activation, and the one tensor it has.
+IDENTITY, DENSE_WEIGHT = "torch.nn.modules.linear.Identity", "linear.weight"
 # ModelScope's values of `emb_pooler_type`, and ours.
 MODELSCOPE_POOLINGS = {"cls": "cls", "avg": "mean", "avg_top2": "avg_top2", "avg_first_last": "avg_first_last"}
 
@@ -45,6 +48,7 @@ class _Layout:
     lowercase: bool = False
     source_max_seq_length: int | None = None
     pooled_size: int | None = None
+    dense: Path | None = None
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, source: str | None = None) -> Checkpoint:
@@ -94,13 +98,17 @@ def _sentence_transformers(folder: Path) -> _Layout:
         paths = [folder / module["path"] for module in modules]
     except (TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"{folder / 'modules.json'} is not a list of modules ({error!r})") from error
-    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    further = [[], ["Normalize"], ["Dense"], ["Dense", "Normalize"]]
+    if names not in [["Transformer", "Pooling", *more] for more in further]:
         raise WeightsError(
             f"{folder / 'modules.json'} lists {', '.join(names)}; minilm runs Transformer, Pooling and, if wanted, "
-            "Normalize. Another module would be left out, and the vectors wrong"
+            "a Dense without bias and activation and Normalize. Another module would be left out, and the vectors wrong"
         )
-    if len(names) == 3:
-        _check_normalize(paths[2] / "config.json")
+    for path in paths[2:]:
+        _check_place(path / "config.json")
+    dense = paths[2] if "Dense" in names else None
+    if dense is not None:
+        _check_dense(dense / "config.json")
     settings = read_object(paths[0] / "sentence_bert_config.json", missing_ok=True)
     limit = _length_limit(paths[0], settings.get("max_seq_length"))
     chosen = {} if limit is None else {"max_seq_length": limit}
@@ -108,10 +116,11 @@ def _sentence_transformers(folder: Path) -> _Layout:
     return _Layout(
         "sentence-transformers",
         paths[0],
-        encoding={"pooling": pooling, "normalize": len(names) == 3, **chosen, **_st_encoding(folder)},
+        encoding={"pooling": pooling, "normalize": names[-1] == "Normalize", **chosen, **_st_encoding(folder)},
         lowercase=bool(settings.get("do_lower_case")),
         source_max_seq_length=limit,
         pooled_size=pooled_size,
+        dense=dense,
     )
 
 
@@ -129,12 +138,20 @@ def _st_pooling(path: Path) -> tuple[str, int | None]:
     return ST_POOLINGS[modes[0]], values.get("embedding_dimension", values.get("word_embedding_dimension"))
 
 
-def _check_normalize(path: Path) -> None:
-    """Raise `WeightsError` if a Normalize module acts on anything but the sentence embedding."""
+def _check_place(path: Path) -> None:
+    """Raise `WeightsError` if a module after Pooling acts on anything but the sentence embedding."""
     values = read_object(path, missing_ok=True)
     for key in ("module_input_name", "module_output_name"):
         if values.get(key) not in (None, "sentence_embedding"):
             raise WeightsError(f"{path}: {key} must be sentence_embedding, got {values[key]!r}")
+
+
+def _check_dense(path: Path) -> None:
+    """Raise `WeightsError` if a Dense module is more than a linear map without bias."""
+    values = {"bias": True, "activation_function": "torch.nn.modules.activation.Tanh"} | read_object(path)
+    for key, expected in (("bias", False), ("activation_function", IDENTITY), ("use_residual", False)):
+        if values.get(key, False) != expected:
+            raise WeightsError(f"{path}: {key} must be {expected!r}, got {values[key]!r}; minilm has no such layer")
 
 
 def _st_encoding(folder: Path) -> dict[str, Any]:
@@ -193,6 +210,11 @@ def _read_bert(layout: _Layout, files: list[Path], source: str, licence: str) ->
         raise WeightsError(f"{layout.folder}: the Pooling module {sizes}; one of them belongs to another model")
     encoding = _encoding(layout, config)
     tensors, ignored = from_bert(read_tensors(files), config, files[0])
+    if layout.dense is not None:
+        dense = find_weights(layout.dense)
+        tensors |= _output_layer(dense)
+        check_canonical(tensors, config, dense[0])
+        files = [*files, *dense]
     digest = sha256(files)
     if is_default_model(digest) and encoding.max_seq_length == 256:  # as published; the reference's limit is 128
         encoding = replace(encoding, max_seq_length=128)
@@ -208,6 +230,14 @@ def _read_bert(layout: _Layout, files: list[Path], source: str, licence: str) ->
     }
     calibration, golden = known_results(digest, encoding)
     return Checkpoint(config, encoding, tensors, tokenizer_json, provenance, calibration, golden, ignored)
+
+
+def _output_layer(files: list[Path]) -> Tensors:
+    """Read the output layer, under our name, from a Dense module's file."""
+    found = read_tensors(files)
+    if found.keys() != {DENSE_WEIGHT}:
+        raise WeightsError(f"{files[0]} must hold {DENSE_WEIGHT} and nothing else, got {', '.join(found) or 'nothing'}")
+    return {OUTPUT_LAYER: found[DENSE_WEIGHT]}
 
 
 def _encoding(layout: _Layout, config: MiniLMConfig) -> EncodingConfig:

@@ -37,6 +37,9 @@ POSITION_IDS = "embeddings.position_ids"
 # Kept so that an export is exact; no part of the model: BERT's unused pooler, and the numbers 0 .. P-1.
 OPTIONAL = frozenset({"pooler.weight", "pooler.bias", POSITION_IDS})
 
+# In the table of no model of BERT's: a linear map without bias, [D, C], from pooled vectors to those that are given.
+OUTPUT_LAYER = "output_layer.weight"
+
 # What wrappers put before a name, in any order and number; BERT's own `encoder.layer.` is not one of them.
 _WRAPPERS = ("module.", "model.", "auto_model.", "0.", "bert.", "encoder.")
 # Training leftovers: masked-language-model heads, and the distillation modules of the IBKD checkpoints.

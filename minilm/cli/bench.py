@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilm.cli.common import Commands, Parser, UsageError, add_command
+from minilm.cli.common import MODEL_HELP, Commands, Parser, UsageError, add_command
 from minilm.cli.files import open_output
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_commands(commands: Commands[Parser]) -> None:
     group.add_argument("--peers", metavar="NAMES", help="others, with @DTYPE likewise (default: all for the device)")
     group.add_argument("--workloads", metavar="NAMES", help="default: texts; on a GPU all")
     group.add_argument("--data", metavar="PATH", help="where sentences come from (default: the package's own)")
-    group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
+    group.add_argument("--model", metavar="NAME", help=MODEL_HELP)
     group = parser.add_argument_group("how")
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")

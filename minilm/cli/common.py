@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
 Commands = argparse._SubParsersAction
+MODEL_HELP = "a folder, or a name: one that comes with minilm, or on a hub (default: all-MiniLM-L6-v2)"
 BACKEND_HELP = "auto, torch, triton, module:Class or path/to/file.py:Class (default: auto)"
 
 
@@ -50,7 +51,7 @@ def add_model_options(parser: Parser, *, named: bool = True) -> None:
     """Add the options that say which model to load (if it is to be `named` by one) and how."""
     group = parser.add_argument_group("model")
     if named:
-        group.add_argument("--model", metavar="NAME", help="a folder, or a name on a hub (default: all-MiniLM-L6-v2)")
+        group.add_argument("--model", metavar="NAME", help=MODEL_HELP)
     group.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     group.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float16 on a GPU, else float32)")
     group.add_argument("--backend", default="auto", metavar="NAME", help=BACKEND_HELP)

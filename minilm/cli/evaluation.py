@@ -51,9 +51,7 @@ def add_commands(commands: Commands[Parser]) -> None:
         add_model_options(parser)
 
     parser = add_command(measures, "compare", run_compare, summary="several models side by side", epilog=COMPARE_EPILOG)
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folders, or names on a hub; the first is the yardstick"
-    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names; the first is the yardstick")
     parser.add_argument("--measure", choices=MEASURES, default="sts", help="what is measured (default: sts)")
     parser.add_argument("--data", metavar="PATH", help="the data, as that measure wants it")
     _add_options(parser, OPTIONS)

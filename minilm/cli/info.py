@@ -39,7 +39,7 @@ def _environment() -> dict[str, Any]:
     import tokenizers
     import torch
 
-    from minilm.weights.sources import cache_directory
+    from minilm.weights.sources import cache_directory, shipped_models
 
     cuda = torch.cuda.is_available()
     return {
@@ -51,20 +51,28 @@ def _environment() -> dict[str, Any]:
         "cuda": f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if cuda else None,
         "threads": torch.get_num_threads(),
         "cache": str(cache_directory()),
+        "shipped models": shipped_models(),
     }
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load and describe the model."""
+    from minilm.weights.known import DEFAULT_MODEL
+    from minilm.weights.sources import locate
+
     encoder = load_encoder(arguments)
     encoding, provenance = encoder.encoding, encoder.checkpoint.provenance
     return {
-        "model": provenance.get("source"),
+        "model": arguments.model or DEFAULT_MODEL,
+        "folder": str(locate(arguments.model)),
+        "source": provenance.get("source"),
+        "training": provenance.get("training"),
         "format": provenance.get("source_format"),
         "licence": provenance.get("licence"),
         "device": str(encoder.device),
         "dtype": str(encoder.model.embeddings.word.weight.dtype).removeprefix("torch."),
         "backend": {"name": encoder.model.backend.name, **encoder.model.backend.describe()},
+        "dimensions": encoder.get_embedding_dimension(),
         "config": encoder.config.to_dict(),
         "max_seq_length": encoder.max_seq_length,
         "pooling": encoding.pooling,

@@ -1,11 +1,11 @@
-"""`minilm weights`: fetch, convert, export, inspect and verify."""
+"""`minilm weights`: fetch, convert, export, describe, inspect and verify."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from minilm.cli.common import Commands, Parser, add_command, print_fields, print_json
+from minilm.cli.common import Commands, Parser, UsageError, add_command, print_fields, print_json
 
 EPILOG = """\
 examples:
@@ -13,15 +13,42 @@ examples:
   minilm weights convert my-finetuned-model/ my-model/
   minilm weights convert my-model/ a-quarter-of-the-size/ --precision int8
   minilm weights export my-model/ for-modelscope/ --to modelscope
+  minilm weights card my-model/ --facts facts.toml --scores sts.json -o my-model/README.md
   minilm weights inspect my-model/ --tensors
   minilm weights verify my-model/
 """
-SOURCE = "a folder (minilm, sentence-transformers, ModelScope or BERT), or a name on a hub"
+CARD_EPILOG = """\
+A model card is a README.md that people and the Hugging Face hub read. Beside the weights of a minilm folder it is kept
+with them, and exported with them; changed weights leave it behind. Sizes, settings, licence and origin are the model's
+own. Scores are taken from what `minilm eval MEASURE --json FILE` wrote of this very model, with their 95% intervals.
+All else is in a TOML file, in which everything may be left out:
+
+  name = "my-model"
+  summary = "What it is, in a sentence or two."
+  language = "en"
+  licence = "Apache-2.0"                     # in place of the one the weights came with
+  base_model = ["owner/name"]                # whose weights it started from
+  command = "minilm distill my-recipe.toml"  # what trained it
+  use = "What it is for."
+  limits = ["What it can't do.", "What it should not be used for."]
+
+  [[teachers]]                               # and so each [[data]] that it was trained on
+  name = "owner/name"
+  licence = "MIT"
+  url = "https://example.org"                # url and note may be left out
+  note = "In half of the steps."
+
+examples:
+  minilm eval sts --model my-model/ --data sts/ --device cpu --json sts.json
+  minilm weights card my-model/ --facts facts.toml --scores sts.json -o my-model/README.md
+  minilm weights export my-model/ exported/ --to sentence-transformers
+"""
+SOURCE = "a folder (minilm, sentence-transformers, ModelScope or BERT), or a name, as for --model of other commands"
 
 
 def add_commands(commands: Commands[Parser]) -> None:
     """Add `weights` with its subcommands."""
-    summary = "fetch, convert, export, inspect or verify a model"
+    summary = "fetch, convert, export, describe, inspect or verify a model"
     weights = commands.add_parser("weights", help=summary, description=summary.capitalize() + ".", epilog=EPILOG)
     actions = weights.add_subparsers(title="actions", metavar="ACTION", required=True)
 
@@ -42,6 +69,13 @@ def add_commands(commands: Commands[Parser]) -> None:
     _add_source(parser)
     parser.add_argument("destination", metavar="DEST", help="the folder to write")
     parser.add_argument("--to", required=True, choices=("sentence-transformers", "modelscope"), help="whose layout")
+
+    parser = add_command(actions, "card", run_card, summary="write a model card", epilog=CARD_EPILOG)
+    _add_source(parser)
+    parser.add_argument("--facts", metavar="FILE", help="TOML with what else is known (see below)")
+    help_text = "JSON of minilm eval, with its scores; may be given several times"
+    parser.add_argument("--scores", metavar="FILE", action="append", default=[], help=help_text)
+    parser.add_argument("-o", "--output", default="-", metavar="FILE", help="where to (default: print it)")
 
     parser = add_command(actions, "inspect", run_inspect, summary="show what a model's weights hold")
     _add_source(parser)
@@ -98,6 +132,25 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_card(arguments: argparse.Namespace) -> int:
+    """Print or write a model's card."""
+    from minilm.cli.files import open_output
+    from minilm.weights.card import Facts, model_card
+    from minilm.weights.files import parse_toml, read_object, read_text
+    from minilm.weights.sources import read_model
+
+    facts, path = Facts(), arguments.facts
+    for file in (path, *arguments.scores):
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"there is no file {file}")
+    if path is not None:
+        facts = Facts.from_dict(parse_toml(read_text(Path(path)), path), path)
+    card = model_card(read_model(arguments.source), facts, [read_object(Path(file)) for file in arguments.scores])
+    with open_output(arguments.output) as file:
+        file.write(card.encode())
+    return 0
+
+
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Print what a source holds."""
     from minilm.weights.checkpoint import fingerprint
@@ -107,6 +160,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     tensors = checkpoint.tensors
     report = {
         "folder": str(locate(arguments.source)),
+        "dimensions": checkpoint.output_width or checkpoint.config.hidden_size,
         "fingerprint": fingerprint(checkpoint),
         "parameters": sum(tensor.numel() for tensor in checkpoint.model_tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.stored.values()}),
@@ -115,6 +169,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         "provenance": checkpoint.provenance,
         "calibrated": checkpoint.calibration is not None,
         "golden_texts": len(checkpoint.golden or ()),
+        "card": checkpoint.card is not None,
         "left_out": list(checkpoint.ignored),
     }
     if arguments.tensors:

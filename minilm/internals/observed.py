@@ -159,10 +159,18 @@ def observe(encoder: SentenceEncoder, visitors: Visitors) -> Iterator[ObservedBa
         encoder: whose tensors.
         visitors: by point name (`minilm.internals.points`), functions `(tensor, site) -> tensor or None`.
 
+    Raises:
+        ValueError: the model has an output layer, so that its vectors are not the point `embedding`.
+
     Warns:
         BackendWarning: the encoder was told to use a backend that has no such points; plain torch takes over.
     """
     model = encoder.model
+    if model.output_layer is not None:
+        raise ValueError(
+            "the points of a model end at its pooled vectors, and this one has an output layer behind them; take it "
+            "away with encoder.model.output_layer = None, and look at the rest"
+        )
     outer, choice = model.backend, model.backend_choices[-1]
     if not isinstance(outer, ObservedBackend) and choice not in ("auto", "torch", TorchBackend):
         message = f"the {outer.name} backend has no points to look at; plain torch computes within this block"

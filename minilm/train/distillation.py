@@ -38,10 +38,10 @@ class MSE(Objective):
 class HPD(Objective):
     """Homomorphic projective distillation: W·(the student's vector) is to be the teacher's, reduced by PCA.
 
-    The student's is the vector that the model gives, as in `MSE`.
-    The model's output is the reduced vector: `output_layer` is W `[output_width, C]`. A sentence-transformers folder
-    carries it as a Dense module without bias and activation; by hand it is `vectors @ W.T`. As in the published code,
-    the components are applied to the teacher's vectors without subtracting their mean; unlike there, no tanh follows W.
+    The student's is the vector that the model gives, as in `MSE`. The model's output is the reduced vector:
+    `output_layer` is W `[output_width, C]`, and becomes the model's (in a sentence-transformers folder, a Dense module
+    without bias and activation). As in the published code, the components are applied to the teacher's vectors without
+    subtracting their mean; unlike there, no tanh follows W.
 
     Source: Zhao et al. 2022 (arXiv 2203.07687).
 

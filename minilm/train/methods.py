@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from minilm.encoder import load
 from minilm.evaluate.result import json_numbers
 from minilm.evaluate.sts import evaluate_sts
 from minilm.evaluate.vectors import Encoder
 from minilm.train.log import logged_seconds, read_log
-from minilm.train.projected import load_trained
 from minilm.train.recipe import Recipe, RecipeError, load_recipe
 from minilm.train.runs import chosen_device, make_encoder, train
 from minilm.weights.files import read_object, write_json
@@ -130,7 +130,7 @@ def carry_out(run: Recipe, *, show_progress_bar: bool | None = None) -> Outcome:
     if not path.exists():
         try:
             result = train(run, show_progress_bar=show_progress_bar)
-            encoder = load_trained(folder, device=chosen_device(run.model), dtype="float32")
+            encoder = load(folder / "model", device=chosen_device(run.model), dtype="float32")
             figures = _score(encoder, run.evaluation.data or None, show_progress_bar)
         except (OSError, RuntimeError, ValueError) as error:
             failure = f"{type(error).__name__}: {' '.join(str(error).split())}"

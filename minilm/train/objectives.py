@@ -32,8 +32,8 @@ class Objective(nn.Module):
             `unnormalized` (the same, never normalised), `layer.0` (mean of the embeddings' output) to `layer.6`.
         targets: what else of a row it needs: `score` (`[n]`), `teacher` (the teacher's vector of the text, `[n, D]`).
         views: how often each text is encoded, each time with dropout of its own.
-        output_layer: a linear map from the encoder's vector to the one that the trained model is to give (normalised
-            if the encoder's is), which evaluation has to apply and an export to carry; None where it is the encoder's.
+        output_layer: a linear map from the encoder's vector, normalised or not, to the one that the trained model is to
+            give (normalised if the encoder's is): it becomes the model's output layer. None where it is the encoder's.
     """
 
     columns: tuple[str, ...]

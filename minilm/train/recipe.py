@@ -14,11 +14,9 @@ says.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -29,6 +27,7 @@ from typing import Any
 from minilm.train import distillation, objectives
 from minilm.train.objectives import Matryoshka, Objective
 from minilm.train.settings import TrainingSettings
+from minilm.weights.files import WeightsError, parse_toml
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "simcse": objectives.UnsupervisedSimCSE,
@@ -220,16 +219,11 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _toml(text: str, where: str) -> dict[str, Any]:
-    """Parse TOML: the standard library's since Python 3.11, tomli before that."""
+    """Parse TOML."""
     try:
-        parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError as error:
-        raise ImportError('recipes need tomli on Python 3.10: pip install "minilm[train]"') from error
-    try:
-        values: dict[str, Any] = parser.loads(text)
-    except parser.TOMLDecodeError as error:
-        raise RecipeError(f"{where} is not TOML: {error}") from error
-    return values
+        return parse_toml(text, where)
+    except WeightsError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _change(change: str, tables: Mapping[str, Any]) -> tuple[str, str, Any]:

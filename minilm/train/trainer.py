@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,6 @@ from minilm.train.gradients import Batch, Gradients
 from minilm.train.log import RunLog, plot_log, training_bar
 from minilm.train.objectives import Objective
 from minilm.train.optimization import MovingAverage, adamw, schedule_factor, set_learning_rate
-from minilm.train.projected import ProjectedEncoder, read_output_layer, save_output_layer
 from minilm.train.settings import TrainingSettings
 from minilm.weights.sources import read_model
 
@@ -85,11 +84,11 @@ class Trainer:
         schedule: what the learning rate is multiplied by in a step, in place of what the settings say.
 
     Attributes:
-        encoder: after `run`, the trained one.
+        encoder: after `run`, the trained one, with the objective's output layer if that has one.
         last_loss, last_gradient_norm: of the last step, the norm before it was clipped.
 
     Raises:
-        ValueError: the encoder is not in float32, or a setting or state does not fit it.
+        ValueError: the encoder is not in float32 or has an output layer, or a setting or state does not fit it.
     """
 
     def __init__(
@@ -103,6 +102,11 @@ class Trainer:
     ) -> None:
         if encoder.model.embeddings.word.weight.dtype != torch.float32:
             raise ValueError('training needs weights in float32: load the model with dtype="float32"')
+        if encoder.model.output_layer is not None:
+            raise ValueError(
+                "the model to start from has an output layer, which no objective goes on training; take it away with "
+                "encoder.model.output_layer = None, or start from another model"
+            )
         if settings.precision == "float16" and encoder.device.type != "cuda":
             raise ValueError('precision "float16" needs a GPU; on a CPU choose "bfloat16" or "float32"')
         if settings.evaluate_every and evaluate is None:
@@ -223,6 +227,7 @@ class Trainer:
     def _prepare(self, resume: bool) -> None:
         """Make optimiser and average, and bring everything to where the run stands."""
         settings = self.settings
+        self.encoder.model.output_layer = None  # while it is trained, it is the objective's
         objective_rate = settings.objective_learning_rate or settings.learning_rate
         peaks = {self.encoder.model: settings.learning_rate, self.objective: objective_rate}
         self.optimizer = adamw(peaks, settings.weight_decay, decay_all=settings.decay_all)
@@ -284,10 +289,8 @@ class Trainer:
         """Evaluate the model as it would be written now; nan in all processes but the first."""
         score = math.nan
         if _is_main() and self.evaluate is not None:
-            layer = self.objective.output_layer
-            with self._averaged():
-                model = self.encoder if layer is None else ProjectedEncoder(self.encoder, layer.weight.detach())
-                score = float(self.evaluate(model))
+            with self._as_written():
+                score = float(self.evaluate(self.encoder))
         distributed.wait_for_all()
         return score
 
@@ -298,15 +301,18 @@ class Trainer:
             self._save_model("best")
 
     def _save_model(self, name: str) -> None:
-        """Write the model as it is now into the run's folder, and its output layer, if it has one, beside it."""
-        layer, folder = self.objective.output_layer, self.settings.folder
-        if layer is not None:
-            save_output_layer(layer, folder)
+        """Write the model as it is now into the run's folder."""
         training = {name: self._identity[name] for name in ("model", "objective", "learning_rate", "seed")}
         training["step"] = self._step
-        with self._averaged():  # the checkpoint shares its memory with the model
+        with self._as_written():  # the checkpoint shares its memory with the model
             checkpoint = self.encoder.to_checkpoint()
-            replace(checkpoint, provenance={**checkpoint.provenance, "training": training}).save(folder / name)
+            start = checkpoint.provenance
+            provenance = {
+                **start,
+                "source": f"trained from {start.get('source', 'unknown weights')}",
+                "training": training,
+            }
+            replace(checkpoint, provenance=provenance).save(self.settings.folder / name)
 
     def _finish(self) -> TrainingResult:
         """Write what is left to write, and put the resulting weights into the encoder."""
@@ -318,9 +324,8 @@ class Trainer:
             read_model(folder / "best").save(folder / "model")
             shutil.rmtree(folder / "best")
         distributed.wait_for_all()
+        self.encoder.model.output_layer = self.objective.output_layer
         self.encoder.model.load_state_dict(read_model(folder / "model").model_tensors)
-        if self.objective.output_layer is not None:
-            self.objective.output_layer.load_state_dict(read_output_layer(folder))
         if not self.settings.keep_best and self.settings.evaluate_every:
             self._best_score = self._score()
         if self.settings.plot and _is_main():
@@ -336,9 +341,16 @@ class Trainer:
 
     # Small things.
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        """Give the encoder its averaged weights for the time of a block, if they are averaged."""
-        return nullcontext() if self.average is None else self.average.applied()
+    @contextmanager
+    def _as_written(self) -> Iterator[None]:
+        """Give the encoder what it is written with, for the time of a block: averaged weights, the output layer."""
+        model = self.encoder.model
+        with nullcontext() if self.average is None else self.average.applied():
+            before, model.output_layer = model.output_layer, self.objective.output_layer
+            try:
+                yield
+            finally:
+                model.output_layer = before
 
     def _scheduled(self, step: int) -> float:
         """The learning rate's factor, as the settings have it."""

@@ -44,6 +44,42 @@ def test_weights_fetch_prints_the_folder(capsys, canonical_folder):
     assert capsys.readouterr().out == f"{canonical_folder}\n"
 
 
+def test_a_card_of_what_was_measured_travels_with_the_weights(tmp_path, capsys, canonical_folder):
+    folder, stsb, scores, facts = (tmp_path / name for name in ("model", "sts/stsb", "sts.json", "facts.toml"))
+    assert main(["weights", "convert", str(canonical_folder), str(folder), "--precision", "float16"]) == 0
+    stsb.mkdir(parents=True)
+    pairs = [("A cat sits.", "A cat is sitting."), ("A cat sits.", "Dogs bark."), ("It rains.", "It is raining hard.")]
+    lines = (f"{score}\t{first}\t{second}\n" for score, (first, second) in zip((5, 1, 4), pairs, strict=True))
+    (stsb / "test.tsv").write_text("".join(lines))
+    measure = ["--data", str(stsb.parent), "--tasks", "stsb", "--samples", "20", "--device", "cpu"]
+    assert main(["eval", "sts", "--model", str(folder), *measure, "--json", str(scores)]) == 0
+    facts.write_text('name = "mine"\n[[teachers]]\nname = "somebody/else"\nlicence = "MIT"\n')
+    options = ["--facts", str(facts), "--scores", str(scores)]
+    capsys.readouterr()
+    assert main(["weights", "card", str(folder), *options]) == 0
+    card = capsys.readouterr().out
+    assert "\n# mine\n" in card
+    assert "| somebody/else | MIT |" in card
+    assert f"| average | {json.loads(scores.read_text())['figures']['average']:.1f} |" in card
+    assert main(["weights", "card", str(folder), *options, "-o", str(folder / "README.md")]) == 0
+    exported, copy, smaller = (str(tmp_path / name) for name in ("exported", "copy", "smaller"))
+    assert main(["weights", "export", str(folder), exported, "--to", "sentence-transformers"]) == 0
+    assert main(["weights", "convert", str(folder), copy]) == 0
+    assert (tmp_path / "exported" / "README.md").read_text() == card
+    assert (tmp_path / "copy" / "README.md").read_text() == card
+    assert main(["weights", "convert", str(folder), smaller, "--precision", "int8"]) == 0
+    assert not (tmp_path / "smaller" / "README.md").exists()
+    assert main(["weights", "card", smaller, *options]) == 2
+    assert "expected sts scores of the model with fingerprint" in capsys.readouterr().err
+
+
+def test_card_of_files_that_are_not_there_or_not_facts(tmp_path, capsys, canonical_folder):
+    (tmp_path / "facts.toml").write_text("name = ")
+    for facts, message in (("nowhere.toml", "there is no file"), ("facts.toml", "facts.toml is not TOML")):
+        assert main(["weights", "card", str(canonical_folder), "--facts", str(tmp_path / facts)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_failed_verification_is_exit_code_1(tmp_path, capsys, canonical_folder):
     checkpoint = minilm.load(canonical_folder).to_checkpoint()
     golden = [{"text": "a cat", "ids": [101, 1037, 4937, 102], "vector": [1.0] * 384}]

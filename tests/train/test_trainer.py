@@ -11,7 +11,7 @@ from torch import nn
 import minilm
 from minilm.kernels.torch_backend import TorchBackend
 from minilm.train.contiguous import ContiguousBackend
-from minilm.train.distillation import MSE, IBKDFineTuning
+from minilm.train.distillation import HPD, MSE, IBKDFineTuning
 from minilm.train.gradients import Gradients, TrainingError
 from minilm.train.log import read_log
 from minilm.train.objectives import Contrastive, Objective, UnsupervisedSimCSE
@@ -166,6 +166,7 @@ def test_it_learns(train, make_rows):
     texts = next(iter(make_rows())).texts["text"]
     np.testing.assert_array_equal(loaded.encode(texts), trainer.encoder.encode(texts))
     assert loaded.checkpoint.provenance["training"]["step"] == 150
+    assert loaded.checkpoint.provenance["source"] == "trained from unknown weights"
 
 
 def test_one_step_equals_torchs_own(tiny_encoder, make_rows, train):
@@ -221,6 +222,24 @@ def test_the_average_is_what_is_evaluated_and_kept(train):
 
 def weight(encoder):
     return encoder.model.layers[0].attention.qkv.weight.detach().clone()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_an_output_layer_is_evaluated_and_becomes_the_models(train, ema):
+    seen = []
+    objective, texts = HPD(32, 8, output_width=4), ["the cat sees water", "a man"]
+    trainer, result = train(
+        None, objective, lambda e: seen.append(e.encode(texts)) or len(seen), epochs=2, evaluate_every=5, ema=ema
+    )
+    loaded = minilm.load(result.model, device="cpu")
+    assert loaded.encode(texts).shape == (2, 4)
+    np.testing.assert_array_equal(loaded.encode(texts), seen[-1])
+    np.testing.assert_array_equal(loaded.encode(texts), trainer.encoder.encode(texts))
+    assert torch.equal(loaded.model.output_layer.weight, objective.output_layer.weight)
+    assert trainer.run() == result  # a run that has ended
+    np.testing.assert_array_equal(loaded.encode(texts), trainer.encoder.encode(texts))
+    with pytest.raises(ValueError, match=r"has an output layer.*; take it away with encoder.model.output_layer = None"):
+        train(loaded)
 
 
 def test_moving_average_by_hand():

@@ -78,6 +78,24 @@ def test_saving_again_replaces_the_canonical_folder(checkpoint, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "canonical" in path.name] == ["canonical"]
 
 
+def test_a_card_stays_with_the_weights_it_tells_of(checkpoint, tmp_path):
+    folder = dataclasses.replace(checkpoint, card="# A card: café\n").save(tmp_path / "canonical")
+    again = read_checkpoint(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == again.card == "# A card: café\n"
+    assert (read_checkpoint(again.save(tmp_path / "copy"))).card == again.card
+    changed = [
+        again.with_dtype(torch.float16),
+        again.with_encoding(max_seq_length=20),
+        again.with_encoding(pooling="max"),
+        again.with_weights(again.tensors),
+    ]
+    assert [other.card for other in changed] == [None] * 4
+    changed[0].save(folder)  # an old card goes with the old weights
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "tokenizer.json"]
+    (folder / "README.md").write_bytes(b"\xff")
+    assert read_checkpoint(folder).card == "\ufffd"  # no reason not to load
+
+
 @pytest.mark.parametrize("held", ["notes.txt", "model.safetensors"])
 def test_a_folder_that_is_not_ours_is_left_alone(checkpoint, bert_state, tmp_path, held):
     folder = tmp_path / "mine"

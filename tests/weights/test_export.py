@@ -245,3 +245,9 @@ def test_the_licence_and_the_origin_travel_along(weights_folder, tmp_path):
     folder = export_sentence_transformers(checkpoint, tmp_path / "exported")
     assert read_checkpoint(folder).provenance["licence"] == "Apache-2.0"
     assert checkpoint.provenance["source_sha256"] in (folder / "README.md").read_text()
+
+
+def test_a_card_travels_along(checkpoint, tmp_path):
+    card = "---\nlicense: mit\n---\n\n# Ours\n"
+    folder = export_sentence_transformers(dataclasses.replace(checkpoint, card=card), tmp_path / "exported")
+    assert (folder / "README.md").read_text() == card

@@ -26,6 +26,13 @@ FILES = {
     ).encode(),
     "1_Pooling/config.json": b"{}",
 }
+MODULES = json.loads(FILES["modules.json"])
+DENSE = {
+    **FILES,
+    "modules.json": json.dumps([*MODULES, {"path": "2_Dense", "type": "models.Dense"}]).encode(),
+    "2_Dense/config.json": b"{}",
+    "2_Dense/model.safetensors": b"weights",
+}
 PICKLE = {"pytorch_model.bin": b"weights", "config.json": b"{}", "vocab.txt": b"[PAD]"}
 PLAIN = {file: FILES[file] for file in ("model.safetensors", "config.json", "tokenizer.json")}
 
@@ -41,6 +48,8 @@ def write(folder, files):
     ("files", "absent"),
     [
         pytest.param(FILES, (), id="sentence-transformers"),
+        pytest.param(DENSE, (), id="with Dense"),
+        pytest.param({**DENSE, "2_Dense/pytorch_model.bin": b"w"}, ("2_Dense/model.safetensors",), id="old Dense"),
         pytest.param({**FILES, "vocab.txt": b"a"}, ("tokenizer.json",), id="vocabulary instead of tokenizer"),
         pytest.param(PLAIN, ("modules.json",), id="known not to be sentence-transformers"),
         pytest.param(
@@ -62,9 +71,20 @@ def test_a_complete_snapshot_is_found(sources, tmp_path, files, absent):
         (FILES, "1_Pooling/config.json"),
         (FILES, "sentence_bert_config.json"),
         (FILES, "tokenizer.json"),
+        (DENSE, "2_Dense/config.json"),
+        (DENSE, "2_Dense/model.safetensors"),
         (PLAIN, "modules.json"),
     ],
-    ids=["weights", "modules", "pooling", "length limit", "tokenizer", "plain, modules unknown"],
+    ids=[
+        "weights",
+        "modules",
+        "pooling",
+        "length limit",
+        "tokenizer",
+        "Dense",
+        "its weights",
+        "plain, modules unknown",
+    ],
 )
 def test_an_incomplete_snapshot_is_not_taken(sources, tmp_path, files, lacks):
     files = {file: content for file, content in files.items() if file != lacks}
@@ -81,7 +101,7 @@ def test_a_snapshot_with_a_damaged_module_list_is_not_taken(sources, tmp_path, m
         hubs.find_in_hugging_face_cache(NAME)
 
 
-@pytest.mark.parametrize("files", [FILES, PLAIN], ids=["sentence-transformers", "plain"])
+@pytest.mark.parametrize("files", [FILES, DENSE, PLAIN], ids=["sentence-transformers", "with Dense", "plain"])
 def test_a_download_brings_what_is_needed_and_is_found_offline(hub, monkeypatch, files):
     unneeded = {"pytorch_model.bin": b"the same weights", "onnx/model.onnx": b"again", "tf_model.h5": b"again"}
     hub.repositories[NAME] = {**files, **unneeded}

@@ -112,7 +112,7 @@ def test_module_lists(st_folder, modules, normalize):
 @pytest.mark.parametrize(
     ("modules", "named"),
     [
-        (("Transformer", "Pooling", "Dense", "Normalize"), "Transformer, Pooling, Dense, Normalize"),
+        (("Transformer", "Pooling", "Normalize", "Dense"), "Transformer, Pooling, Normalize, Dense"),
         (("Transformer", "Pooling", "somebody.Normalize"), "somebody.Normalize"),
         (("Transformer",), "Transformer"),
         (("StaticEmbedding", "Normalize"), "StaticEmbedding"),

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from minilm.weights import download, files, hubs, package_index
 from minilm.weights.checkpoint import fingerprint
 from minilm.weights.download import SourceError
+from minilm.weights.files import WeightsError
 from minilm.weights.known import DEFAULT_MODEL, REFERENCE_MODEL
 from minilm.weights.load import read_checkpoint
-from minilm.weights.sources import cache_directory, locate, read_model
+from minilm.weights.sources import cache_directory, locate, read_model, shipped_models
 
 LOCATE = "from minilm.weights.sources import locate; print(locate())"
 
@@ -96,6 +97,57 @@ def test_the_order_of_sources(sources, hub, weights_folder, canonical_folder, wh
     shutil.rmtree(sources.hugging_face)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert locate() == own
+
+
+@pytest.fixture
+def shipped(sources, bert_folder):
+    """A small model that comes with the package, as `tiny`."""
+    return read_checkpoint(bert_folder()).save(sources.models / "tiny")
+
+
+def test_a_shipped_model_goes_before_caches_and_needs_no_network(sources, shipped, hub, monkeypatch, tmp_path):
+    shutil.copytree(shipped, sources.minilm / "sentence-transformers--tiny")
+    assert shipped_models() == ["tiny"]
+    assert locate("tiny") == shipped
+    assert fingerprint(read_model("tiny")) == read_checkpoint(shipped).stored_fingerprint
+    assert locate("sentence-transformers/tiny") == sources.minilm / "sentence-transformers--tiny"
+    assert not hub.requests
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert locate("tiny") == Path("tiny")  # a folder goes before a model's name
+
+
+def test_no_model_is_shipped(sources):
+    assert not sources.models.exists()
+    assert shipped_models() == []
+    (sources.models / "notes").mkdir(parents=True)
+    (sources.models / "notes" / "README.md").touch()
+    assert shipped_models() == []
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("name", ["tinny", "tiny model", "someone/tinny", "iic/tinny"])
+def test_a_mistyped_name_is_told_what_is_shipped(name):
+    with pytest.raises(SourceError, match=r"\. Models that come with minilm: tiny$"):
+        locate(name)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_shipped_model_is_an_error(shipped, file):
+    path = shipped / file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=f"{shipped}"):
+        read_model("tiny")
+    assert path.exists()
+
+
+def test_every_shipped_model_is_what_was_saved():
+    for name in shipped_models():
+        model = read_model(name)
+        assert fingerprint(model) == model.stored_fingerprint, name
+        assert model.golden, f"{name} has no vectors to verify it by"
+        assert model.provenance["licence"] != "unknown", name
+        assert fingerprint(model) in (model.card or ""), f"{name} has no card, or another model's"
 
 
 def test_the_wheel_becomes_a_canonical_folder(sources, wheel, truth):

@@ -13,14 +13,12 @@ what varies over seeds is all that is left to chance, the choice of the rows too
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from minilm.encoder import load
 from minilm.evaluate.result import json_numbers
@@ -28,7 +26,7 @@ from minilm.evaluate.sts import evaluate_sts
 from minilm.evaluate.vectors import Encoder
 from minilm.train.log import logged_seconds, read_log
 from minilm.train.recipe import Recipe, RecipeError, load_recipe
-from minilm.train.runs import chosen_device, make_encoder, train
+from minilm.train.runs import check_folder, chosen_device, entries, make_encoder, train
 from minilm.weights.files import read_object, write_json
 
 logger = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ def plan(
         raise RecipeError(f"expected recipes and seeds that differ, got {', '.join(folder.name for folder in folders)}")
     for run in runs:
         _check_shared(runs[0], run)
-        _check_folder(run)
+        check_folder(run)
     return runs
 
 
@@ -141,13 +139,6 @@ def carry_out(run: Recipe, *, show_progress_bar: bool | None = None) -> Outcome:
     return Outcome(run, _from_json(read_object(path)["figures"]))
 
 
-def entries(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe says, but for its folder: `{"table.key": value}`, the values as JSON has them."""
-    tables = json.loads(json.dumps(asdict(recipe)))
-    del tables["name"], tables["training"]["output"]
-    return {f"{table}.{key}": value for table, values in tables.items() for key, value in values.items()}
-
-
 def _as_run(recipe: Recipe, seed: int | None, output: Path) -> Recipe:
     """Give a recipe a seed, if one is wanted, and a folder."""
     seed = recipe.training.seed if seed is None else seed
@@ -164,21 +155,6 @@ def _check_shared(first: Recipe, run: Recipe) -> None:
                 f"expected recipes with the same start and evaluation, got {entry} {expected[entry]!r} in {first.name} "
                 f"and {got[entry]!r} in {run.name}; set it for all with --set {entry}=..., or leave one out"
             )
-
-
-def _check_folder(run: Recipe) -> None:
-    """Raise `RecipeError` if a run's folder holds one that was made with other settings."""
-    folder = run.training.folder
-    if not (folder / "recipe.json").exists():
-        return
-    was, wanted = entries(load_recipe(folder / "recipe.json")), entries(run)
-    names = sorted({*was, *wanted})
-    changed = [f"{n} was {was.get(n)!r} and is {wanted.get(n)!r}" for n in names if was.get(n) != wanted.get(n)]
-    if changed:
-        raise RecipeError(
-            f"{folder} holds a run with other settings: {', '.join(changed)}. Set them back to go on, delete the "
-            "folder, or choose another output"
-        )
 
 
 def _score(encoder: Encoder, data: str | None, show: bool | None) -> dict[str, float]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from minilm.evaluate.result import aligned, json_number, json_numbers
-from minilm.train.methods import Outcome, entries
+from minilm.train.methods import Outcome
+from minilm.train.runs import entries
 
 HEADLINE = "average"
 

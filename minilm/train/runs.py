@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from minilm.train.batches import Batches
 from minilm.train.data import Source
 from minilm.train.leaks import evaluation_sentences, without_leaks
 from minilm.train.mixtures import Mixture
-from minilm.train.recipe import ModelSettings, Recipe, RecipeError
+from minilm.train.recipe import ModelSettings, Recipe, RecipeError, load_recipe
 from minilm.train.sources import MIXTURES
 from minilm.train.teacher_cache import CachedTeacher
 from minilm.train.teachers import Ensemble, Teacher, load_teacher
@@ -36,9 +37,10 @@ def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None
         show_progress_bar: by default, if the `minilm` logger is at level INFO or below.
 
     Raises:
-        RecipeError, DataError: the recipe or its data can't be used.
+        RecipeError, DataError: the recipe or its data can't be used, or its folder holds a run of another.
         CheckpointError, TrainingError: see `Trainer.run`.
     """
+    check_folder(recipe)
     device = chosen_device(recipe.model)
     with distributed.process_group(device):
         mixture, vectors, width = read_mixture(recipe), {}, 0
@@ -68,6 +70,33 @@ def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None
             recipe.training.folder.mkdir(parents=True, exist_ok=True)
             write_json(recipe.training.folder / "recipe.json", asdict(recipe))
         return trainer.run(resume=resume, show_progress_bar=show_progress_bar)
+
+
+def entries(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says, but for its folder: `{"table.key": value}`, the values as JSON has them."""
+    tables = json.loads(json.dumps(asdict(recipe)))
+    del tables["name"], tables["training"]["output"]
+    return {f"{table}.{key}": value for table, values in tables.items() for key, value in values.items()}
+
+
+def check_folder(run: Recipe) -> None:
+    """Check that a run's folder holds none that was made with other settings, such as another teacher.
+
+    Raises:
+        RecipeError: it does; the message names what changed.
+    """
+    folder = run.training.folder
+    started = any((folder / name).exists() for name in ("checkpoint.pt", "model"))
+    if not started or not (folder / "recipe.json").exists():
+        return
+    was, wanted = entries(load_recipe(folder / "recipe.json")), entries(run)
+    names = sorted({*was, *wanted})
+    changed = [f"{n} was {was.get(n)!r} and is {wanted.get(n)!r}" for n in names if was.get(n) != wanted.get(n)]
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}. Set them back to go on, delete the "
+            "folder, or choose another output"
+        )
 
 
 def read_mixture(recipe: Recipe) -> Mixture:

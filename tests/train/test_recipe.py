@@ -15,7 +15,7 @@ from minilm.train.rows import DataError
 from minilm.train.sources import MIXTURES
 from minilm.train.trainer import Trainer
 
-TABLE = {"simcse", "simcse-supervised", "mse", "hpd", "crd", "ibkd", "ibkd-fine-tuning", "similarity"}
+TABLE = {"simcse", "simcse-supervised", "mse", "hpd", "crd", "ibkd", "ibkd-fine-tuning", "similarity", "minilm-sts"}
 
 
 def test_there_is_a_recipe_for_every_row_of_the_table():
@@ -139,6 +139,14 @@ def test_an_ensemble_with_a_hidden_state_and_weights(prepared, tmp_path):
     teacher = runs.make_teacher(recipe).encode(texts)
     before, after = (((x @ x.T - teacher @ teacher.T) ** 2).mean() for x in (start, student))
     assert after < before / 4
+
+
+def test_a_run_of_another_teacher_is_not_gone_on_with(prepared, tmp_path, tiny_encoder):
+    runs.train(load_recipe(prepared("similarity"), ["checkpoint_every=5"]))
+    tiny_encoder(dropout=0.0, seed=2).save(tmp_path / "other")
+    other = load_recipe(prepared("similarity"), ["checkpoint_every=5", f"teacher.names=['{tmp_path}/other']"])
+    with pytest.raises(RecipeError, match=r"run holds a run with other settings: teacher.names was .*teacher.* is"):
+        runs.train(other)
 
 
 def test_an_output_layer_comes_with_the_model(prepared, tmp_path):

@@ -7,6 +7,7 @@ They read one folder: `sentences.txt.xz` with its line ranges in `sentences.sour
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from minilm.train.data import Draw, Source
 
@@ -64,6 +65,7 @@ GRADED = Source(
     {"score": "number", "sentence1": "text", "sentence2": "text"},
     fields=("score", "sentence1", "sentence2", "origin"),
 )
+GRADED_STS = replace(GRADED, keep={"origin": ("sick_train", "sts12train", "stsb_train")})  # similarity, not relatedness
 
 _ALL = {
     "captions_flickr": 20.0,
@@ -114,6 +116,7 @@ MIXTURES: dict[str, tuple[Source, ...]] = {
     "pairs": (CAPTIONS, PARAPHRASES, ENTAILMENTS),
     "triplets": (TRIPLETS,),
     "graded": (GRADED,),
+    "graded-sts": (GRADED_STS,),
 }
 """What a recipe may name: `text` to distil from, all or under open licences; `query` and `positive`, with `negatives`
-in triplets; `sentence1` and `sentence2` with `score` from 0 to 1."""
+in triplets; `sentence1` and `sentence2` with `score` from 0 to 1, all or those of STS training sets alone."""

@@ -15,7 +15,18 @@ from minilm.train.rows import DataError
 from minilm.train.sources import MIXTURES
 from minilm.train.trainer import Trainer
 
-TABLE = {"simcse", "simcse-supervised", "mse", "hpd", "crd", "ibkd", "ibkd-fine-tuning", "similarity", "minilm-sts"}
+TABLE = {
+    "simcse",
+    "simcse-supervised",
+    "mse",
+    "hpd",
+    "crd",
+    "ibkd",
+    "ibkd-fine-tuning",
+    "similarity",
+    "minilm-sts",
+    "minilm-sts-graded",
+}
 
 
 def test_there_is_a_recipe_for_every_row_of_the_table():

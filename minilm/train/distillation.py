@@ -1,8 +1,9 @@
 """Objectives that learn from a teacher's vectors, computed ahead of time.
 
 A student of width C meets a teacher of width D through a linear map W without bias. W starts with orthonormal columns
-(rows, where it narrows), so that it at first leaves the student's cosines as they are. It is dropped after training,
-except where it gives the model's output (HPD).
+(rows, where it narrows), so that it at first leaves the student's cosines as they are: of all such maps the one that
+brings a sample of the student's vectors nearest to the teacher's (`align`), as from any other the student would first
+have to turn, and lose what it knows. W is dropped after training, except where it gives the model's output (HPD).
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class MSE(Objective):
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
         self.projection = projection(student_width, teacher_width)
+
+    def prepare(self, texts: Texts, targets: Targets) -> None:
+        """Bring the student's vectors near the teacher's."""
+        align(self.projection, texts["text"]["embedding"], targets["teacher"])
 
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply the loss to the projected student and the teacher."""
@@ -61,8 +66,8 @@ class HPD(Objective):
         self.output_layer = projection(student_width, output_width)
         self.register_buffer("components", torch.full((output_width, teacher_width), torch.nan))
 
-    def prepare(self, targets: Targets) -> None:
-        """Fit the PCA to a sample of teacher vectors `[m, D]`; some tens of thousands are plenty.
+    def prepare(self, texts: Texts, targets: Targets) -> None:
+        """Fit the PCA to a sample of teacher vectors `[m, D]`, and bring the student's near what it makes of them.
 
         Raises:
             ValueError: not of width D, or fewer of them than components.
@@ -74,6 +79,7 @@ class HPD(Objective):
                 f"expected at least {count} teacher vectors of width {width}, got shape {list(sample.shape)}"
             )
         self.components.copy_(principal_components(sample, count))
+        align(self.output_layer, texts["text"]["embedding"], sample @ self.components.T.to(sample))
 
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply the loss to the projected student and the reduced teacher."""
@@ -150,6 +156,11 @@ class CRD(Objective):
         self.bank = MemoryBank(bank_size, 2 * projection_width)
         self.register_buffer("log_constants", torch.full((2,), torch.nan))
 
+    @torch.no_grad()
+    def prepare(self, texts: Texts, targets: Targets) -> None:
+        """Bring the student's vectors near the teacher's, both projected."""
+        align(self.student_projection, texts["text"]["unnormalized"], self.teacher_projection(targets["teacher"]))
+
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply the loss in both directions, then remember the batch."""
         student = self.student_projection(texts["text"]["unnormalized"])
@@ -209,6 +220,10 @@ class IBKD(Objective):
         self.hsic_weight = hsic_weight
         self.projection = projection(student_width, teacher_width)
         self.bank = MemoryBank(bank_size, teacher_width)
+
+    def prepare(self, texts: Texts, targets: Targets) -> None:
+        """Bring the student's vectors near the teacher's."""
+        align(self.projection, texts["text"]["unnormalized"], targets["teacher"])
 
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply both terms, then remember the teacher's vectors."""
@@ -316,6 +331,22 @@ def projection(inputs: int, outputs: int) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, bias=False)
     nn.init.orthogonal_(linear.weight)
     return linear
+
+
+@torch.no_grad()
+def align(linear: nn.Linear, student: Tensor, teacher: Tensor) -> None:
+    """Make a map that with orthonormal columns, or rows where it narrows, which brings vectors nearest to others.
+
+    W = U·Vᵀ, where teacherᵀ·student = U·S·Vᵀ: it minimises Σ‖W·s_i - t_i‖² where it widens, up to a common length.
+    Source: Schönemann 1966 (the orthogonal Procrustes problem).
+
+    Args:
+        linear: W `[D, C]`, overwritten.
+        student: s, `[m, C]`.
+        teacher: t, `[m, D]`.
+    """
+    u, _, v = torch.linalg.svd(teacher.double().T @ student.double(), full_matrices=False)
+    linear.weight.copy_(u @ v)
 
 
 def principal_components(vectors: Tensor, count: int) -> Tensor:

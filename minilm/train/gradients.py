@@ -77,13 +77,12 @@ class Gradients:
         Raises:
             TrainingError: the loss is no finite number.
         """
-        layout = Layout.of({column: batch.texts[column] for column in self.objective.columns}, self.objective.views)
+        layout = self._layout(batch)
         pieces, places = self.pooler.pack(layout.texts, self.settings.piece_tokens)
         found: list[Tensor] = []
 
         def loss(states: Tensor) -> Tensor:
-            columns = layout.columns(states[places], self.objective.states)
-            texts = {c: {s: distributed.gather(x, batch.total) for s, x in own.items()} for c, own in columns.items()}
+            texts = self._gathered(layout, states[places], batch.total)
             with self._random_numbers(number):
                 value = self.objective(texts, self.targets(batch))
             found.append(value.detach())
@@ -99,10 +98,29 @@ class Gradients:
         self.texts += len(layout.texts) * distributed.world_size()
         return found[0]
 
+    @torch.no_grad()
+    def states(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
+        """Return the whole batch's pooled states, as the objective gets them, but without dropout."""
+        layout = self._layout(batch)
+        pieces, places = self.pooler.pack(layout.texts, self.settings.piece_tokens)
+        self.encoder.model.eval()
+        with self.encoder.model.use_backend(self.backend):
+            found = torch.cat([self._encode(piece) for piece in pieces])
+        return self._gathered(layout, found[places], batch.total)
+
     def targets(self, batch: Batch) -> dict[str, Tensor]:
         """Return the whole batch's targets that the objective needs, on the model's device."""
         own = {name: batch.targets[name].to(self.encoder.device) for name in self.objective.targets}
         return {name: distributed.gather(target, batch.total) for name, target in own.items()}
+
+    def _layout(self, batch: Batch) -> Layout:
+        """Lay out the texts of the columns that the objective needs."""
+        return Layout.of({column: batch.texts[column] for column in self.objective.columns}, self.objective.views)
+
+    def _gathered(self, layout: Layout, states: Tensor, total: int) -> dict[str, dict[str, Tensor]]:
+        """Give each column its states by name, of the rows of all processes."""
+        columns = layout.columns(states, self.objective.states)
+        return {c: {s: distributed.gather(x, total) for s, x in own.items()} for c, own in columns.items()}
 
     def _encode(self, piece: PackedBatch) -> Tensor:
         """Encode a packed batch; behind it, autocast forgets its copies of the weights: some may be without graph."""

@@ -46,8 +46,8 @@ class Objective(nn.Module):
         super().__init__()
         self.register_module("output_layer", None)
 
-    def prepare(self, targets: Targets) -> None:
-        """See a sample of the training targets once, before the first step of a new run; most need nothing."""
+    def prepare(self, texts: Texts, targets: Targets) -> None:
+        """See a sample of what `forward` gets once, before the first step of a new run; most need nothing."""
 
     def forward(self, texts: Texts, targets: Targets) -> Tensor:
         """Return the loss of a batch of n rows, a scalar, computed in float32 at least, autocast or not.

@@ -33,8 +33,8 @@ from minilm.weights.sources import read_model
 
 logger = logging.getLogger(__name__)
 
-PREPARED_ROWS = 20_000
-"""Rows whose targets an objective sees before the first step, at most."""
+PREPARED_ROWS = 4_096
+"""Rows that an objective sees before the first step, if there are so many, and at most a batch more."""
 
 
 class Batches(Protocol):
@@ -240,23 +240,27 @@ class Trainer:
         if state is not None:
             self._restore(state)
         elif type(self.objective).prepare is not Objective.prepare:
-            self.objective.prepare(self._sample_of_targets())
+            self.objective.prepare(*self._sample())
         if _is_main():
             for leftover in (*settings.folder.glob(".best.*"), *settings.folder.glob(".model.*")):
                 shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it wrote
 
-    def _sample_of_targets(self) -> dict[str, Tensor]:
-        """Return the targets of the first batches of an epoch; the data is put back to where it was."""
+    def _sample(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Return what the objective gets of the first batches of an epoch; the data is put back to where it was."""
         before, rows = self.data.state_dict(), 0
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.objective.targets}
+        states: list[dict[str, dict[str, Tensor]]] = []
+        targets: list[dict[str, Tensor]] = []
         for batch in self.data:
-            for name, target in self.gradients.targets(batch).items():
-                parts[name].append(target)
+            states.append(self.gradients.states(batch))
+            targets.append(self.gradients.targets(batch))
             rows += batch.total
             if rows >= PREPARED_ROWS:
                 break
         self.data.load_state_dict(before)
-        return {name: torch.cat(targets) for name, targets in parts.items()}
+        return (
+            {c: {s: torch.cat([x[c][s] for x in states]) for s in own} for c, own in states[0].items()},
+            {name: torch.cat([x[name] for x in targets]) for name in targets[0]},
+        )
 
     def _save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""

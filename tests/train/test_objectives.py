@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from scipy import linalg
 
 from minilm.train import losses
 from minilm.train.distillation import (
@@ -33,11 +34,12 @@ from minilm.train.states import StatePooler
 
 ROWS, WIDTH, TEACHER_WIDTH, NEGATIVES = 4, 6, 9, 2
 SAMPLE = {"teacher": torch.randn(40, TEACHER_WIDTH, generator=torch.Generator().manual_seed(7))}
+STATES = {"embedding": torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(8))}
 
 
 def fitted_hpd():
     objective = HPD(WIDTH, TEACHER_WIDTH, output_width=3)
-    objective.prepare(SAMPLE)
+    objective.prepare({"text": STATES}, SAMPLE)
     return objective
 
 
@@ -176,7 +178,7 @@ def test_starts_from_torchs_generator_and_leaves_it_alone_later(make):
     values = [objective(*batch_for(objective)).item() for objective in starts]
     assert torch.equal(before, torch.get_rng_state())
     assert values[0] == values[1]
-    if any(True for _ in starts[0].parameters()):
+    if any(True for _ in starts[0].parameters()) and not isinstance(starts[0], HPD):  # which was prepared
         assert values[0] != values[2]
 
 
@@ -241,7 +243,7 @@ def test_hpd_must_be_fitted_first():
         objective(*batch_for(objective))
     for shape in ((2, TEACHER_WIDTH), (40, TEACHER_WIDTH + 1), (40,)):
         with pytest.raises(ValueError, match="at least 3 teacher vectors of width 9, got shape"):
-            objective.prepare({"teacher": torch.ones(shape)})
+            objective.prepare({"text": STATES}, {"teacher": torch.ones(shape)})
 
 
 @pytest.mark.parametrize("outputs", [3, WIDTH, TEACHER_WIDTH])
@@ -333,19 +335,44 @@ def test_what_a_batch_lacks_is_named():
         MSE(6, 9)({"text": {"embedding": torch.ones(2, 6)}}, {})
 
 
-@pytest.mark.parametrize("name", ["MSE", "HPD"])
-def test_begins_at_the_teachers_length(name, tiny_encoder):
-    """Of a model that normalises: what it starts with is wrong in direction, not in length."""
-    encoder = tiny_encoder(dropout=0.0)
+STARTS = {
+    "MSE": (lambda c, d: MSE(c, d), "projection"),
+    "HPD": (lambda c, d: HPD(c, d, output_width=c // 2), "output_layer"),
+    "CRD": (lambda c, d: CRD(c, d, projection_width=c), "student_projection"),
+    "IBKD": (lambda c, d: IBKD(c, d), "projection"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_begins_where_the_student_is_nearest_to_the_teacher(name, tiny_encoder):
+    """As scipy's orthogonal Procrustes finds it: cosines stay, and vectors come near the teacher's."""
+    encoder, (make, layer) = tiny_encoder(dropout=0.0), STARTS[name]
     width = encoder.config.hidden_size
-    objective = MSE(width, 2 * width) if name == "MSE" else HPD(width, 2 * width, output_width=width)
-    teacher = F.normalize(torch.randn(4 * width, 2 * width, generator=torch.Generator().manual_seed(0)), dim=1)
-    objective.prepare({"teacher": teacher})
+    objective = make(width, 2 * width)
     pooler = StatePooler(encoder, objective.states)
-    batches, places = pooler.pack(["a man", "the cat", "water", "the dog eats bread"])
-    student = pooler(batches[0])[places, 0]
-    layer = objective.projection if name == "MSE" else objective.output_layer
-    assert torch.allclose(layer(student).norm(dim=1), torch.ones(4), atol=1e-5)
+    words = ["a", "man", "the", "cat", "water", "dog", "eats", "bread", "old", "bird"]
+    batches, places = pooler.pack([f"{a} {b} {c}" for a in words for b in words for c in words[:2]])
+    with torch.no_grad():
+        states = dict(zip(objective.states, pooler(batches[0])[places].unbind(1), strict=True))
+    student = states["embedding" if "embedding" in states else "unnormalized"].double().numpy()
+    hidden = np.random.default_rng(0).normal(size=(width, 2 * width))  # the teacher: the student, turned, and noise
+    teacher = student @ np.linalg.qr(hidden.T)[0].T + 1e-3 * np.random.default_rng(1).normal(
+        size=(len(student), 2 * width)
+    )
+    objective.prepare({"text": states}, {"teacher": torch.from_numpy(teacher).float()})
+    if name == "HPD":
+        teacher = teacher @ objective.components.double().numpy().T
+    if name == "CRD":
+        teacher = teacher @ objective.teacher_projection.weight.detach().double().numpy().T
+    weight = getattr(objective, layer).weight.detach().double().numpy()
+    gram = weight.T @ weight if len(weight) >= width else weight @ weight.T
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
+    distance = np.linalg.norm(student @ weight.T - teacher)
+    if len(weight) == width:  # scipy's maps are square
+        best, _ = linalg.orthogonal_procrustes(student, teacher)
+        assert distance == pytest.approx(np.linalg.norm(student @ best - teacher), rel=1e-4)
+    others = [projection(width, len(weight)).weight.detach().double().numpy() for _ in range(20)]
+    assert distance < 0.9 * min(np.linalg.norm(student @ other.T - teacher) for other in others)
 
 
 def test_misshapen_batches_are_named():

@@ -144,6 +144,9 @@ def test_accumulated_batches_are_averaged(tiny_encoder, make_rows, tmp_path):
             def state_dict(self):
                 return {}
 
+            def load_state_dict(self, state):
+                """There is none."""
+
         torch.manual_seed(0)
         settings = TrainingSettings(
             str(tmp_path / str(len(data))), accumulation=len(data), plot=False, learning_rate=1e-3
@@ -328,12 +331,16 @@ def test_settings_out_of_range(name, value):
         TrainingSettings("x", **{name: value})
 
 
-def test_objectives_are_prepared_once(train, make_rows):
+def test_objectives_are_prepared_once(train, make_rows, tiny_encoder):
     class Prepared(MSE):
-        def prepare(self, targets):
-            self.seen = targets["teacher"].clone()
+        def prepare(self, texts, targets):
+            assert not hasattr(self, "seen")
+            self.seen, self.vectors = targets["teacher"].clone(), texts["text"]["embedding"].clone()
 
+    start = tiny_encoder(dropout=0.0)
     trainer, _ = train(objective=Prepared(32, 8), epochs=2)
-    expected = torch.cat([batch.targets["teacher"] for batch in make_rows()])
-    assert torch.equal(trainer.objective.seen, expected)
+    batches = list(make_rows())
+    assert torch.equal(trainer.objective.seen, torch.cat([batch.targets["teacher"] for batch in batches]))
+    vectors = start.encode([text for batch in batches for text in batch.texts["text"]])
+    torch.testing.assert_close(trainer.objective.vectors, torch.from_numpy(vectors), atol=1e-5, rtol=0)
     assert type(trainer.objective).prepare is not Objective.prepare

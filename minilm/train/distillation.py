@@ -337,7 +337,8 @@ def projection(inputs: int, outputs: int) -> nn.Linear:
 def align(linear: nn.Linear, student: Tensor, teacher: Tensor) -> None:
     """Make a map that with orthonormal columns, or rows where it narrows, which brings vectors nearest to others.
 
-    W = U·Vᵀ, where teacherᵀ·student = U·S·Vᵀ: it minimises Σ‖W·s_i - t_i‖² where it widens, up to a common length.
+    W = U·Vᵀ, where teacherᵀ·student = U·S·Vᵀ: of all such maps it makes Σ t_i·(W·s_i) the largest, and so,
+    unless it narrows, Σ‖W·s_i - t_i‖² the smallest.
     Source: Schönemann 1966 (the orthogonal Procrustes problem).
 
     Args:

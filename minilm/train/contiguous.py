@@ -6,6 +6,7 @@ faster, forward and backward, on a CPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from minilm.config import MiniLMConfig
 from minilm.kernels.backend import AUTOMATIC, BackendError, backend_class
 from minilm.kernels.operands import Packed
 from minilm.kernels.torch_backend import REDUCTIONS, TorchBackend
+
+logger = logging.getLogger(__name__)
 
 
 class ContiguousBackend(TorchBackend):
@@ -53,14 +56,25 @@ class ContiguousBackend(TorchBackend):
 
 
 def training_backend(config: MiniLMConfig, device: str) -> type[TorchBackend]:
-    """Return who computes in training: on a GPU the kernels that `auto` takes there, unless attention has dropout."""
-    if device != "cpu" and device in AUTOMATIC and not config.attention_dropout:
+    """Return who computes in training: on a GPU the kernels that `auto` takes there, else plain torch.
+
+    Where a GPU is to do without the kernels, a warning says why: plain torch takes many times as long there.
+    """
+    if device == "cpu" or device not in AUTOMATIC:
+        return ContiguousBackend
+    if config.attention_dropout:
+        reason = "they leave out attention dropout, which this model has (a recipe's model.dropout = 0.0 turns it off)"
+    else:
         try:
             found = backend_class(AUTOMATIC[device])
-        except BackendError:
-            return ContiguousBackend
-        if found.differentiable and found.unavailable(config, device) is None:
-            return found
+        except BackendError as error:
+            reason = str(error)
+        else:
+            missing = found.unavailable(config, device) or (None if found.differentiable else "they have no gradients")
+            if missing is None:
+                return found
+            reason = missing
+    logger.warning("training on %s without the kernels, in plain torch: %s", device, reason)
     return ContiguousBackend
 
 

@@ -194,6 +194,9 @@ def load_recipe(source: str | os.PathLike[str], changes: Iterable[str] = ()) -> 
     recipe = Recipe(name, objective=objective, **made)
     if recipe.has_teacher and not recipe.teacher.names:
         raise RecipeError(f"{name}: objective {objective['name']!r} learns from a teacher; give teacher.names")
+    if recipe.teacher.weights and len(recipe.teacher.weights) != len(recipe.teacher.names):
+        counts = f"{len(recipe.teacher.weights)} for {len(recipe.teacher.names)}"
+        raise RecipeError(f"{name}: expected one of teacher.weights for each of teacher.names, got {counts}")
     if bool(recipe.data.mixture) == bool(recipe.data.sources):
         raise RecipeError(f"{name}: expected either data.mixture or data.sources")
     return recipe

@@ -75,6 +75,10 @@ def write(tmp_path):
             r"\[objective\]: there is no entry 'tau'; there are temperature",
         ),
         (MINIMAL.replace("simcse", "mse"), "objective 'mse' learns from a teacher; give teacher.names"),
+        (
+            MINIMAL + "[teacher]\nnames = ['a']\nweights = [1.0, 0.5]\n",
+            "expected one of teacher.weights for each of teacher.names, got 2 for 1",
+        ),
         ("[objective\n", "mine.toml is not TOML"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 import minilm
+from minilm import MiniLMConfig
 from minilm.kernels.torch_backend import TorchBackend
-from minilm.train.contiguous import ContiguousBackend
+from minilm.train import contiguous
+from minilm.train.contiguous import ContiguousBackend, training_backend
 from minilm.train.distillation import HPD, MSE, IBKDFineTuning
 from minilm.train.gradients import Gradients, TrainingError
 from minilm.train.log import read_log
@@ -81,6 +84,17 @@ def test_contiguous_backend_equals_plain_torch(pooling, tiny_encoder):
             states.square().mul(torch.linspace(1, 2, 32)).sum().backward()
         results.append((states.detach(), [p.grad for p in encoder.model.parameters()]))
     torch.testing.assert_close(results[0], results[1], atol=2e-6, rtol=1e-5)
+
+
+def test_a_gpu_without_the_kernels_says_why(monkeypatch, caplog):
+    config = MiniLMConfig(attention_dropout=0.1)
+    assert training_backend(config, "cpu") is ContiguousBackend
+    assert not caplog.records
+    assert training_backend(config, "cuda") is ContiguousBackend
+    assert "without the kernels, in plain torch: they leave out attention dropout" in caplog.text
+    monkeypatch.setitem(contiguous.AUTOMATIC, "cuda", "no_such_module:Backend")
+    assert training_backend(replace(config, attention_dropout=0.0), "cuda") is ContiguousBackend
+    assert "no_such_module" in caplog.records[-1].getMessage()
 
 
 def test_views_differ_by_dropout_alone(tiny_encoder, make_rows):

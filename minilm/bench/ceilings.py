@@ -129,16 +129,19 @@ def _packed(x: Tensor, weight: Tensor, dtype: str) -> Callable[[], Tensor]:
 def _int8(x: Tensor, weight: Tensor, _: str) -> Callable[[], Tensor]:
     """Return the same by oneDNN in 8 bits: one scale for `x`, one an output of `weight`; float32 comes out.
 
-    `x` has its zero at 128, as the int8 backend's activations do: CPUs multiply unsigned by signed integers, and for
+    `x` has its zero where the int8 backend's activations have it: CPUs multiply unsigned by signed integers, and for
     signed ones oneDNN may have no more than its reference, thousands of times slower.
     """
     import torch
 
+    from minilm.kernels.int8_linear import zero_point
+
     operations: Any = torch.ops.onednn
-    scale, scales = float(x.abs().max()) / 127, weight.abs().amax(dim=1) / 127
-    small_x = ((x / scale).round() + 128).to(torch.uint8)
+    zero = zero_point()
+    scale, scales = float(x.abs().max()) / (zero - 1), weight.abs().amax(dim=1) / 127
+    small_x = ((x / scale).round() + zero).to(torch.uint8)
     small_weight = (weight / scales[:, None]).round().to(torch.int8)
     packed = operations.qlinear_prepack(small_weight, list(x.shape))
     zeros = torch.zeros(len(weight), dtype=torch.int64)
-    operands = (small_x, scale, 128, packed, scales, zeros, None)
+    operands = (small_x, scale, zero, packed, scales, zeros, None)
     return partial(operations.qlinear_pointwise, *operands, 1.0, 0, torch.float32, "none", [], "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,22 @@ class Checkpoint:
         """Return the checkpoint with other weights (`tensors`, and `int8` if any), without what was told of these."""
         untold: dict[str, Any] = {"golden": None, "calibration": None, "stored_fingerprint": None, "card": None}
         return replace(self, tensors=tensors, int8=int8_form, **untold)
+
+    def with_layers(self, layers: Sequence[int]) -> Checkpoint:
+        """Return a smaller model, of some of the layers, counted from 1, without what was told of the whole.
+
+        Raises:
+            ValueError: no layers, one that there is not, or not in rising order.
+        """
+        every = range(1, self.config.num_layers + 1)
+        if not layers or list(layers) != sorted(set(layers) & set(every)):
+            raise ValueError(f"expected layers in rising order from 1 to {len(every)}, got {list(layers)}")
+        tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("layers.")}
+        for place, layer in enumerate(layers):
+            prefix = f"layers.{layer - 1}."
+            own = [name for name in self.tensors if name.startswith(prefix)]
+            tensors |= {f"layers.{place}.{name.removeprefix(prefix)}": self.tensors[name] for name in own}
+        return replace(self.with_weights(tensors), config=replace(self.config, num_layers=len(layers)))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the canonical folder, whole or not at all, and return it.

@@ -99,21 +99,25 @@ class SimilarityDistillation(Objective):
         temperature: τ of the divergence.
         squared_weight: a.
         kl_weight: b.
+        stretch: spreads out the teacher's cosines: c becomes 1 - stretch·(1 - c).
     """
 
     columns = ("text",)
     targets = ("teacher",)
 
-    def __init__(self, temperature: float = 0.05, squared_weight: float = 1.0, kl_weight: float = 1.0) -> None:
+    def __init__(
+        self, temperature: float = 0.05, squared_weight: float = 1.0, kl_weight: float = 1.0, stretch: float = 1.0
+    ) -> None:
         super().__init__()
         self.temperature = check_positive("temperature", temperature)
+        self.stretch = check_positive("stretch", stretch)
         self.squared_weight, self.kl_weight = squared_weight, kl_weight
 
     def loss(self, texts: Texts, targets: Targets) -> Tensor:
         """Apply both losses to the student's and the teacher's vectors."""
         student, teacher = texts["text"]["embedding"], targets["teacher"]
-        squared_error = losses.similarity_squared_error(student, teacher)
-        divergence = losses.similarity_kl(student, teacher, self.temperature)
+        squared_error = losses.similarity_squared_error(student, teacher, self.stretch)
+        divergence = losses.similarity_kl(student, teacher, self.temperature, self.stretch)
         return self.squared_weight * squared_error + self.kl_weight * divergence
 
 

@@ -136,29 +136,36 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @_in_full_precision
-def similarity_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared error between the two matrices of cosines within a batch: mean_{i≠j} (cos(s_i, s_j) - cos(t_i, t_j))².
+def similarity_squared_error(student: Tensor, teacher: Tensor, stretch: float = 1.0) -> Tensor:
+    """Squared error between the two matrices of cosines within a batch: mean_{i≠j} (cos(s_i, s_j) - T_ij)².
 
+        T_ij = 1 - k·(1 - cos(t_i, t_j))
+
+    A stretch k above 1 spreads out a teacher's cosines that are all near 1, and leaves their order and a text's own 1.
     Sources: Tung and Mori 2019 and Park et al. 2019, who match such matrices under other norms. Shapes: `[n, C]` and
     `[n, D]`; at least two rows.
     """
     _check_same_length("student", student, "teacher", teacher, at_least=2)
-    return F.mse_loss(_cosines_to_others(student), _cosines_to_others(teacher))
+    check_positive("stretch", stretch)
+    return F.mse_loss(_cosines_to_others(student), 1 - stretch * (1 - _cosines_to_others(teacher)))
 
 
 @_in_full_precision
-def similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 0.05) -> Tensor:
+def similarity_kl(student: Tensor, teacher: Tensor, temperature: float = 0.05, stretch: float = 1.0) -> Tensor:
     """Divergence of how a text's neighbours in the batch are weighted, by the teacher and by the student.
 
-        loss = mean_i KL(P_i ‖ Q_i),  P_i = softmax_{j≠i}(cos(t_i, t_j)/τ),  Q_i the same of s
+        loss = mean_i KL(P_i ‖ Q_i),  P_i = softmax_{j≠i}(k·cos(t_i, t_j)/τ),  Q_i = softmax_{j≠i}(cos(s_i, s_j)/τ)
 
-    Not multiplied by τ². A text itself is left out: its cosine, always 1, would take nearly all of the weight.
+    with the stretch k of `similarity_squared_error`, whose constant the softmax cancels. Not multiplied by τ². A text
+    itself is left out: its cosine, always 1, would take nearly all of the weight.
     Sources: Hinton et al. 2015 (softened targets), Passalis and Tefas 2018 and Fang et al. 2021 (over neighbours).
     Shapes: `[n, C]` and `[n, D]`; at least two rows.
     """
     _check_same_length("student", student, "teacher", teacher, at_least=2)
     check_positive("temperature", temperature)
-    log_q, log_p = ((_cosines_to_others(x) / temperature).log_softmax(dim=1) for x in (student, teacher))
+    check_positive("stretch", stretch)
+    log_q = (_cosines_to_others(student) / temperature).log_softmax(dim=1)
+    log_p = (stretch * _cosines_to_others(teacher) / temperature).log_softmax(dim=1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 

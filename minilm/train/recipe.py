@@ -55,12 +55,16 @@ class ModelSettings:
 
     Attributes:
         name: as `minilm.load` takes it; empty for all-MiniLM-L6-v2.
+        layers: start from these of its layers alone, counted from 1; empty for all.
+        center: first take the mean over some of the data's texts off its vectors (`minilm.train.centering`).
         device: empty for a GPU if there is one.
         pooling, normalize, max_seq_length: in place of the model's own; empty, `"own"` and 0 for those.
         dropout: of hidden states and attention; negative for the model's own.
     """
 
     name: str = ""
+    layers: list[Any] = field(default_factory=list)
+    center: bool = False
     device: str = ""
     pooling: str = ""
     normalize: bool | str = "own"

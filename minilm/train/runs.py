@@ -14,6 +14,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.evaluate.sts import evaluate_sts
 from minilm.train import distributed
 from minilm.train.batches import Batches
+from minilm.train.centering import center
 from minilm.train.data import Source
 from minilm.train.leaks import evaluation_sentences, without_leaks
 from minilm.train.mixtures import Mixture
@@ -24,6 +25,9 @@ from minilm.train.teachers import Ensemble, Teacher, load_teacher
 from minilm.train.trainer import Trainer, TrainingResult
 from minilm.weights.files import write_json
 from minilm.weights.sources import read_model
+
+CENTERED_TEXTS = 5_000
+"""About how many texts, spread over the data, a start is centred by."""
 
 
 def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None = None) -> TrainingResult:
@@ -50,6 +54,9 @@ def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None
             vectors = {"teacher": ("text", teacher.encode)}
             width = teacher.encode([next(mixture.texts())[1]]).shape[1]
         encoder = make_encoder(recipe.model, device)
+        if recipe.model.center:
+            texts = [text for _, text in mixture.texts()]
+            center(encoder, texts[:: max(1, len(texts) // CENTERED_TEXTS)])
         with torch.random.fork_rng():
             torch.manual_seed(recipe.training.seed)
             objective = recipe.make_objective(encoder.config.hidden_size, width)
@@ -146,6 +153,8 @@ def chosen_device(settings: ModelSettings) -> str:
 def make_encoder(settings: ModelSettings, device: str) -> SentenceEncoder:
     """Load the start, in float32, with the recipe's settings."""
     checkpoint = read_model(settings.name or None)
+    if settings.layers:
+        checkpoint = checkpoint.with_layers(settings.layers)
     wanted: dict[str, Any] = {"pooling": settings.pooling, "max_seq_length": settings.max_seq_length}
     wanted = {name: value for name, value in wanted.items() if value}
     if isinstance(settings.normalize, bool):

@@ -313,7 +313,7 @@ class Trainer:
             start = checkpoint.provenance
             provenance = {
                 **start,
-                "source": f"trained from {start.get('source', 'unknown weights')}",
+                "source": f"trained from {start.get('source', 'unknown weights').removeprefix('trained from ')}",
                 "training": training,
             }
             replace(checkpoint, provenance=provenance).save(self.settings.folder / name)

@@ -28,8 +28,9 @@ def info_nce(temperature=0.05, *candidates):
     return -np.diag(log_softmax(cosines(A, np.concatenate(candidates)) / temperature, axis=1)).mean()
 
 
-def similarity_kl(student, teacher, temperature):
-    log_p, log_q = (log_softmax(off_diagonal(cosines(x, x)) / temperature, axis=1) for x in (teacher, student))
+def similarity_kl(student, teacher, temperature, stretch=1.0):
+    scaled = (stretch * cosines(teacher, teacher), cosines(student, student))
+    log_p, log_q = (log_softmax(off_diagonal(x) / temperature, axis=1) for x in scaled)
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
 
 
@@ -83,7 +84,19 @@ CASES = {  # loss, its tensors, its settings, the value expected
         {},
         np.square(off_diagonal(cosines(A, A) - cosines(WIDE, WIDE))).mean(),
     ),
+    "similarity_squared_error, stretched": (
+        losses.similarity_squared_error,
+        [A, WIDE],
+        {"stretch": 2.5},
+        np.square(off_diagonal(cosines(A, A) - 2.5 * cosines(WIDE, WIDE) + 1.5)).mean(),
+    ),
     "similarity_kl": (losses.similarity_kl, [A, WIDE], {"temperature": 0.3}, similarity_kl(A, WIDE, 0.3)),
+    "similarity_kl, stretched": (
+        losses.similarity_kl,
+        [A, WIDE],
+        {"temperature": 0.3, "stretch": 2.5},
+        similarity_kl(A, WIDE, 0.3, 2.5),
+    ),
     "crd": (
         losses.crd,
         [A, np.concatenate([B, NEGATIVES])],
@@ -257,6 +270,8 @@ BAD = {
     "temperature 0": (lambda: losses.info_nce(TWO, TWO, temperature=0), "temperature must be positive, got 0"),
     "temperature nan": (lambda: losses.similarity_kl(TWO, TWO, temperature=math.nan), "temperature must be positive"),
     "temperature below 0": (lambda: losses.cosent(TWO, TWO, torch.ones(2), -0.1), "temperature must be positive"),
+    "stretch 0": (lambda: losses.similarity_kl(TWO, TWO, stretch=0.0), "stretch must be positive, got 0"),
+    "stretch nan": (lambda: losses.similarity_squared_error(TWO, TWO, math.nan), "stretch must be positive"),
     "crd temperature": (lambda: losses.crd(TWO, TWO, temperature=0.0), "temperature must be positive"),
     "one passage": (lambda: losses.ranking(ONE, ONE), "at least two passages"),
     "uneven passages": (lambda: losses.ranking(TWO, torch.eye(3, 4)), "equally many for each of 2 queries, got 3"),

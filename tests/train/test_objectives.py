@@ -53,7 +53,7 @@ OBJECTIVES = {
     "Matryoshka": lambda: Matryoshka(Contrastive(), widths=(6, 3), weights=(1, 0.5)),
     "MSE": lambda: MSE(WIDTH, TEACHER_WIDTH),
     "HPD": fitted_hpd,
-    "SimilarityDistillation": lambda: SimilarityDistillation(temperature=0.2, kl_weight=0.5),
+    "SimilarityDistillation": lambda: SimilarityDistillation(temperature=0.2, kl_weight=0.5, stretch=1.5),
     "CRD": lambda: CRD(WIDTH, TEACHER_WIDTH, projection_width=5, bank_size=6),
     "IBKD": lambda: IBKD(WIDTH, TEACHER_WIDTH, temperature=0.5, gamma=0.1, bank_size=6),
     "IBKDFineTuning": lambda: IBKDFineTuning(WIDTH, projection_width=4),
@@ -108,7 +108,8 @@ def expected_value(name, objective, texts, targets):
         return (e["text"] @ objective.output_layer.weight.T - teacher @ objective.components.T).square().mean()
     if name == "SimilarityDistillation":
         pair = e["text"], teacher
-        return losses.similarity_squared_error(*pair) + 0.5 * losses.similarity_kl(*pair, temperature=0.2)
+        divergence = losses.similarity_kl(*pair, temperature=0.2, stretch=1.5)
+        return losses.similarity_squared_error(*pair, stretch=1.5) + 0.5 * divergence
     if name == "CRD":
         a, b = z["text"] @ objective.student_projection.weight.T, teacher @ objective.teacher_projection.weight.T
         return losses.crd(a, b, losses.crd_log_constant(a, b)) + losses.crd(b, a, losses.crd_log_constant(b, a))

@@ -22,6 +22,7 @@ from minilm.train.optimization import MovingAverage, adamw, schedule_factor
 from minilm.train.settings import TrainingSettings
 from minilm.train.states import Layout, StatePooler
 from minilm.train.trainer import Trainer
+from minilm.weights.sources import read_model
 
 PAIRS = {"hard_negatives": False}
 
@@ -184,6 +185,12 @@ def test_it_learns(train, make_rows):
     np.testing.assert_array_equal(loaded.encode(texts), trainer.encoder.encode(texts))
     assert loaded.checkpoint.provenance["training"]["step"] == 150
     assert loaded.checkpoint.provenance["source"] == "trained from unknown weights"
+
+
+def test_what_is_trained_again_says_where_it_began(train):
+    _, first = train(max_steps=1)
+    _, second = train(minilm.load(first.model, device="cpu", dtype="float32"), max_steps=1, name="again")
+    assert read_model(second.model).provenance["source"] == "trained from unknown weights"
 
 
 def test_one_step_equals_torchs_own(tiny_encoder, make_rows, train):

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import BertModel
 
+from minilm.batch import PackedBatch
 from minilm.config import EncodingConfig
+from minilm.encoder import SentenceEncoder
 from minilm.weights import checkpoint as module
 from minilm.weights.checkpoint import fingerprint, is_canonical
 from minilm.weights.files import WeightsError
@@ -94,6 +97,32 @@ def test_a_card_stays_with_the_weights_it_tells_of(checkpoint, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "tokenizer.json"]
     (folder / "README.md").write_bytes(b"\xff")
     assert read_checkpoint(folder).card == "\ufffd"  # no reason not to load
+
+
+def test_some_of_the_layers_are_a_smaller_model(weights_folder):
+    bert = BertModel.from_pretrained(weights_folder, add_pooling_layer=False, attn_implementation="eager").eval()
+    bert.encoder.layer = torch.nn.ModuleList([bert.encoder.layer[index] for index in (0, 3, 5)])
+    small = read_checkpoint(weights_folder).with_layers([1, 4, 6])
+    assert small.config.num_layers == 3
+    ids = torch.tensor([101, 1037, 2158, 2003, 2652, 1037, 2858, 1012, 102])
+    with torch.no_grad():
+        expected = bert(ids[None]).last_hidden_state[0]
+        vectors = SentenceEncoder(small).model(PackedBatch.from_sequences([ids.tolist()])).last_hidden_state
+    torch.testing.assert_close(vectors, expected, atol=5e-6, rtol=0)
+
+
+def test_what_was_told_of_the_whole_is_not_told_of_some_layers(checkpoint, tmp_path):
+    small = checkpoint.with_layers([1])
+    assert (small.golden, small.calibration, small.card) == (None, None, None)
+    again = read_checkpoint(small.save(tmp_path / "small"))
+    assert fingerprint(again) == fingerprint(small) != fingerprint(checkpoint)
+    assert fingerprint(checkpoint.with_layers([1, 2])) == fingerprint(checkpoint)
+
+
+@pytest.mark.parametrize("layers", [[], [0], [3], [2, 1], [1, 1], ["1"]])
+def test_layers_that_there_are_not(checkpoint, layers):
+    with pytest.raises(ValueError, match="expected layers in rising order from 1 to 2, got"):
+        checkpoint.with_layers(layers)
 
 
 @pytest.mark.parametrize("held", ["notes.txt", "model.safetensors"])

@@ -113,10 +113,12 @@ MIXTURES: dict[str, tuple[Source, ...]] = {
         one_side("nli_pairs.tsv.xz", ("relation", "other", "text", "origin"), _OPEN_NLI, 6),
         one_side("pairs.tsv.xz", ("text", "other", "origin"), ("wikisplit",), 5),
     ),
+    "headlines": (sentences({"headlines_clickbait_repo": 1.0}),),
     "pairs": (CAPTIONS, PARAPHRASES, ENTAILMENTS),
     "triplets": (TRIPLETS,),
     "graded": (GRADED,),
     "graded-sts": (GRADED_STS,),
 }
-"""What a recipe may name: `text` to distil from, all or under open licences; `query` and `positive`, with `negatives`
-in triplets; `sentence1` and `sentence2` with `score` from 0 to 1, all or those of STS training sets alone."""
+"""What a recipe may name: `text` to distil from, all, or under open licences, or of these the headlines alone; `query`
+and `positive`, with `negatives` in triplets; `sentence1` and `sentence2` with `score` from 0 to 1, all or those of STS
+training sets alone."""

@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import minilm
+from minilm.encoder import SentenceEncoder
 from minilm.train import runs
+from minilm.train.centering import center
 from minilm.train.objectives import Matryoshka
 from minilm.train.recipe import OBJECTIVES, RecipeError, load_recipe, shipped_recipes
 from minilm.train.rows import DataError
 from minilm.train.sources import MIXTURES
 from minilm.train.trainer import Trainer
+from minilm.weights.sources import read_model
 
 TABLE = {
     "simcse",
@@ -24,6 +27,7 @@ TABLE = {
     "ibkd",
     "ibkd-fine-tuning",
     "similarity",
+    "minilm-sts-start",
     "minilm-sts",
     "minilm-sts-graded",
 }
@@ -154,6 +158,17 @@ def test_an_ensemble_with_a_hidden_state_and_weights(prepared, tmp_path):
     teacher = runs.make_teacher(recipe).encode(texts)
     before, after = (((x @ x.T - teacher @ teacher.T) ** 2).mean() for x in (start, student))
     assert after < before / 4
+
+
+def test_a_run_may_start_from_some_layers_and_centered(prepared, tmp_path):
+    changes = ["model.layers=[2]", "model.center=true", "learning_rate=1e-12", "epochs=1", "keep_best=false"]
+    runs.train(load_recipe(prepared("similarity"), changes))
+    texts = (tmp_path / "texts.txt").read_text().splitlines()
+    expected = SentenceEncoder(read_model(tmp_path / "start").with_layers([2]))
+    center(expected, texts)
+    trained = minilm.load(tmp_path / "run" / "model", device="cpu")
+    assert trained.config.num_layers == 1
+    np.testing.assert_allclose(trained.encode(texts), expected.encode(texts), atol=1e-5)
 
 
 def test_a_run_of_another_teacher_is_not_gone_on_with(prepared, tmp_path, tiny_encoder):

@@ -107,9 +107,8 @@ def expected_value(name, objective, texts, targets):
     if name == "HPD":
         return (e["text"] @ objective.output_layer.weight.T - teacher @ objective.components.T).square().mean()
     if name == "SimilarityDistillation":
-        pair = e["text"], teacher
-        divergence = losses.similarity_kl(*pair, temperature=0.2, stretch=1.5)
-        return losses.similarity_squared_error(*pair, stretch=1.5) + 0.5 * divergence
+        divergence = losses.similarity_kl(e["text"], teacher, temperature=0.2, stretch=1.5)
+        return losses.similarity_squared_error(e["text"], teacher, stretch=1.5) + 0.5 * divergence
     if name == "CRD":
         a, b = z["text"] @ objective.student_projection.weight.T, teacher @ objective.teacher_projection.weight.T
         return losses.crd(a, b, losses.crd_log_constant(a, b)) + losses.crd(b, a, losses.crd_log_constant(b, a))

@@ -27,7 +27,7 @@ from minilm.weights.files import write_json
 from minilm.weights.sources import read_model
 
 CENTERED_TEXTS = 5_000
-"""About how many texts, spread over the data, a start is centred by."""
+"""About how many texts, spread over the data, a start is centered by."""
 
 
 def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None = None) -> TrainingResult:

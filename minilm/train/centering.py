@@ -9,9 +9,6 @@ import torch
 from minilm.encoder import SentenceEncoder
 from minilm.train.states import StatePooler
 
-BATCH_TOKENS = 16_384
-"""Tokens encoded at a time."""
-
 
 @torch.no_grad()
 def center(encoder: SentenceEncoder, texts: Sequence[str]) -> None:
@@ -38,8 +35,6 @@ def center(encoder: SentenceEncoder, texts: Sequence[str]) -> None:
             f"expected a model of mean, cls or max pooling without an output layer, got {pooling} pooling "
             f"{'with' if output_layer is not None else 'without'} one"
         )
-    pooler = StatePooler(encoder, ("unnormalized",))
-    batches, _ = pooler.pack(texts, BATCH_TOKENS)
-    mean = torch.cat([pooler(batch)[:, 0] for batch in batches]).mean(dim=0)
+    mean = StatePooler(encoder, ("unnormalized",)).encode(texts)[:, 0].mean(dim=0)
     bias = encoder.model.layers[-1].feed_forward_norm.bias
     bias.sub_(mean.to(bias))

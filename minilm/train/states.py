@@ -20,6 +20,9 @@ from minilm.texts import check_text
 
 TextColumn = Sequence[str] | Sequence[Sequence[str]]
 
+BATCH_TOKENS = 16_384
+"""Tokens that `StatePooler.encode` encodes at a time."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -127,3 +130,8 @@ class StatePooler:
             return model.backend.pool(hidden, batch, encoding.pooling, encoding.first_hidden_index, normalize)
 
         return torch.stack([pooled(name) for name in self.names], dim=1)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encode any number of texts, a batch at a time, into `[N, S, C]`, in their order."""
+        batches, places = self.pack(texts, BATCH_TOKENS)
+        return torch.cat([self(batch) for batch in batches])[places]

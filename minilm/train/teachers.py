@@ -21,9 +21,6 @@ from minilm.weights.files import WeightsError
 
 logger = logging.getLogger(__name__)
 
-BATCH_TOKENS = 16_384
-"""Tokens that `InnerLayer` encodes at a time."""
-
 
 class Teacher(Protocol):
     """Anything that turns n texts into an `[n, D]` array or tensor: this library's encoder, or another's."""
@@ -96,9 +93,7 @@ class InnerLayer:
     @torch.inference_mode()
     def encode(self, sentences: Sequence[str]) -> NDArray[np.float32]:
         """Return the texts' vectors, float32 `[n, C]`."""
-        batches, places = self._pooler.pack(sentences, BATCH_TOKENS)
-        states = torch.cat([self._pooler(batch)[:, 0] for batch in batches])[places]
-        vectors: NDArray[np.float32] = states.float().cpu().numpy()
+        vectors: NDArray[np.float32] = self._pooler.encode(sentences)[:, 0].float().cpu().numpy()
         return vectors
 
 

@@ -47,13 +47,13 @@ def train(recipe: Recipe, *, resume: bool = True, show_progress_bar: bool | None
     check_folder(recipe)
     device = chosen_device(recipe.model)
     with distributed.process_group(device):
+        encoder = make_encoder(recipe.model, device)  # first, as a start that is not there ends a run at once
         mixture, vectors, width = read_mixture(recipe), {}, 0
         if recipe.has_teacher:
             teacher = make_teacher(recipe, device)
             embed(mixture, teacher, show_progress_bar=show_progress_bar)
             vectors = {"teacher": ("text", teacher.encode)}
             width = teacher.encode([next(mixture.texts())[1]]).shape[1]
-        encoder = make_encoder(recipe.model, device)
         if recipe.model.center:
             texts = [text for _, text in mixture.texts()]
             center(encoder, texts[:: max(1, len(texts) // CENTERED_TEXTS)])

@@ -16,6 +16,7 @@ from minilm.train.recipe import OBJECTIVES, RecipeError, load_recipe, shipped_re
 from minilm.train.rows import DataError
 from minilm.train.sources import MIXTURES
 from minilm.train.trainer import Trainer
+from minilm.weights.download import SourceError
 from minilm.weights.sources import read_model
 
 TABLE = {
@@ -169,6 +170,16 @@ def test_a_run_may_start_from_some_layers_and_centered(prepared, tmp_path):
     trained = minilm.load(tmp_path / "run" / "model", device="cpu")
     assert trained.config.num_layers == 1
     np.testing.assert_allclose(trained.encode(texts), expected.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("model.name=not/there/model", "neither an existing folder nor a model's name"), ("model.layers=[3]", "1 to 2")],
+)
+def test_a_start_that_is_not_there_ends_a_run_before_the_teacher_is_asked(prepared, tmp_path, change, message):
+    with pytest.raises((SourceError, ValueError), match=message):
+        runs.train(load_recipe(prepared("similarity"), [change]))
+    assert not (tmp_path / "vectors").exists()
 
 
 def test_a_run_of_another_teacher_is_not_gone_on_with(prepared, tmp_path, tiny_encoder):
